@@ -1,0 +1,1 @@
+"""How messages and tensors look on the wire, and the limits checked before anything is allocated."""
