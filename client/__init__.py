@@ -1,0 +1,1 @@
+"""A client: embeddings, head and sampling at home, the blocks in the swarm."""

@@ -1,0 +1,260 @@
+"""The client's half of a session as a state machine over plain values. Pure, no I/O.
+
+    NEW ──▶ OPEN ⇄ STEPPING        STEPPING ──▶ RECOVERING ──▶ STEPPING
+    any but CLOSED ──▶ CLOSED      STEPPING, RECOVERING ──▶ NEW   (the step was given up; nothing is lost)
+
+A session is a log: the inputs of every position of every sequence. Servers only cache what follows from
+it, so a lost server is a matter of sending part of the log again at a higher epoch. This module is the one
+place that knows epoch, step number, lengths and history; the driver asks it what to send.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
+
+from swarm.errors import BadInputError, LengthLimitError, SessionClosedError
+
+__all__ = ["Rows", "SequenceRequest", "SessionMachine", "SessionState", "StepPart", "plan_parts"]
+
+
+class Rows(Protocol):
+    """Consecutive tokens' inputs; a tensor [T, H] in real use, anything sliceable in tests."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Self: ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
+class SessionState(enum.Enum):
+    NEW = "new"
+    OPEN = "open"
+    STEPPING = "stepping"
+    RECOVERING = "recovering"
+    CLOSED = "closed"
+
+
+_MOVES: dict[SessionState, frozenset[SessionState]] = {
+    SessionState.NEW: frozenset({SessionState.OPEN, SessionState.STEPPING, SessionState.CLOSED}),
+    SessionState.OPEN: frozenset({SessionState.STEPPING, SessionState.NEW, SessionState.CLOSED}),
+    SessionState.STEPPING: frozenset(
+        {SessionState.OPEN, SessionState.RECOVERING, SessionState.NEW, SessionState.CLOSED}
+    ),
+    SessionState.RECOVERING: frozenset({SessionState.STEPPING, SessionState.NEW, SessionState.CLOSED}),
+    SessionState.CLOSED: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class SequenceRequest(Generic[R]):
+    """New tokens for one sequence: continue `parent`'s first `start` positions by `rows`."""
+
+    sequence: int
+    parent: int
+    start: int
+    rows: R
+
+
+@dataclass(frozen=True)
+class StepPart(Generic[R]):
+    """What goes into one step on the wire."""
+
+    sequences: tuple[SequenceRequest[R], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(item.rows) for item in self.sequences)
+
+
+class _History(Generic[R]):
+    """Inputs of one sequence from position 0, as shared chunks: a fork copies references, never rows."""
+
+    __slots__ = ("_chunks", "length")
+
+    def __init__(self, chunks: tuple[R, ...] = ()) -> None:
+        self._chunks = list(chunks)
+        self.length = sum(len(chunk) for chunk in chunks)
+
+    def first(self, length: int) -> tuple[R, ...]:
+        """The first `length` positions as chunks."""
+        taken: list[R] = []
+        missing = length
+        for chunk in self._chunks:
+            if missing <= 0:
+                break
+            taken.append(chunk if len(chunk) <= missing else chunk[:missing])
+            missing -= len(chunk)
+        return tuple(taken)
+
+    def append(self, rows: R) -> None:
+        if len(rows):
+            self._chunks.append(rows)
+            self.length += len(rows)
+
+
+class SessionMachine(Generic[R]):
+    """Epoch, step number, lengths and history of one session."""
+
+    def __init__(self, *, max_length: int, max_sequences: int) -> None:
+        if max_length < 1 or max_sequences < 1:
+            raise BadInputError("a session needs max_length >= 1 and at least one sequence")
+        self.max_length = max_length
+        self.max_sequences = max_sequences
+        self.state = SessionState.NEW
+        self.epoch = 0
+        self.step = 0
+        """Number of the last step sent in this epoch."""
+        self._histories: dict[int, _History[R]] = {}
+        self._pending: tuple[SequenceRequest[R], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<SessionMachine {self.state.value} epoch {self.epoch} step {self.step} lengths {self.lengths}>"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions held per sequence; the step under way does not count."""
+        return tuple(self.length(sequence) for sequence in range(max(self._histories, default=-1) + 1))
+
+    def length(self, sequence: int) -> int:
+        """Positions held by one sequence."""
+        history = self._histories.get(sequence)
+        return 0 if history is None else history.length
+
+    def begin_step(self, requests: Sequence[SequenceRequest[R]]) -> None:
+        """Accept new tokens, before anything is sent.
+
+        Raises SessionClosedError, LengthLimitError or BadInputError; a refused step changes nothing.
+        """
+        if self.state is SessionState.CLOSED:
+            raise SessionClosedError("the session is closed; open a new one with model.session()")
+        if self.state in (SessionState.STEPPING, SessionState.RECOVERING):
+            raise BadInputError("a step of this session is still under way; use one session per thread")
+        seen: set[int] = set()
+        for item in requests:
+            if item.sequence in seen:
+                raise BadInputError(f"sequence {item.sequence} appears twice in one step")
+            seen.add(item.sequence)
+            if not (0 <= item.sequence < self.max_sequences and 0 <= item.parent < self.max_sequences):
+                raise BadInputError(
+                    f"sequence {max(item.sequence, item.parent)} is outside the session's {self.max_sequences}"
+                )
+            if not 0 <= item.start <= self.length(item.parent):
+                raise BadInputError(
+                    f"position {item.start} is outside 0..{self.length(item.parent)} held by sequence {item.parent}"
+                )
+            end = item.start + len(item.rows)
+            if end > self.max_length:
+                raise LengthLimitError(
+                    f"the session would hold {end} positions, its max_length is {self.max_length}; "
+                    "open one with a larger max_length or send less"
+                )
+        self._pending = tuple(requests)
+        self._move(SessionState.STEPPING)
+
+    @property
+    def pending(self) -> tuple[SequenceRequest[R], ...]:
+        """The step under way."""
+        return self._pending
+
+    def finish_step(self) -> None:
+        """The step under way is done: it becomes history."""
+        parents = {item.parent: self._histories.get(item.parent, _History[R]()) for item in self._pending}
+        updated: dict[int, _History[R]] = {}
+        for item in self._pending:
+            parent = parents[item.parent]
+            if item.parent == item.sequence and item.start == parent.length:
+                # The common case of appending; a parent that others read too is read before it changes.
+                if sum(other.parent == item.parent for other in self._pending) == 1:
+                    parent.append(item.rows)
+                    updated[item.sequence] = parent
+                    continue
+            history = _History(parent.first(item.start))
+            history.append(item.rows)
+            updated[item.sequence] = history
+        self._histories.update(updated)
+        self._pending = ()
+        self._move(SessionState.OPEN)
+
+    def abandon_step(self) -> None:
+        """The step under way was given up. History stands; servers may be anywhere, so the route is dropped."""
+        self._pending = ()
+        self._move(SessionState.NEW)
+
+    def start_epoch(self) -> int:
+        """A new route: the steps count from 1 again. Returns the epoch to open hops with."""
+        self.epoch += 1
+        self.step = 0
+        return self.epoch
+
+    def next_step(self) -> int:
+        """The number of the next step to send."""
+        self.step += 1
+        return self.step
+
+    def lose_route(self) -> None:
+        """A server was lost during a step."""
+        self._move(SessionState.RECOVERING)
+
+    def recover_route(self) -> None:
+        """The log was sent again; the step under way can be."""
+        self._move(SessionState.STEPPING)
+
+    def log(self, concatenate: Callable[[Sequence[R]], R]) -> tuple[SequenceRequest[R], ...]:
+        """All of history, one request per sequence: what fresh servers must see to stand where we are."""
+        return tuple(
+            SequenceRequest(sequence, sequence, 0, concatenate(history.first(history.length)))
+            for sequence, history in sorted(self._histories.items())
+            if history.length
+        )
+
+    def close(self) -> None:
+        """End; harmless when repeated."""
+        if self.state is not SessionState.CLOSED:
+            self._move(SessionState.CLOSED)
+            self._histories.clear()
+            self._pending = ()
+
+    def _move(self, state: SessionState) -> None:
+        if state not in _MOVES[self.state]:
+            raise RuntimeError(f"a session can not go from {self.state.value} to {state.value}")
+        self.state = state
+
+
+def plan_parts(requests: Sequence[SequenceRequest[R]], *, max_tokens: int) -> list[StepPart[R]]:
+    """Cut a step into parts of at most `max_tokens` tokens that are sent one after the other.
+
+    When more than one part is needed, forks go first, all together and without tokens, because each of
+    them means the state before the step.
+    """
+    if sum(len(item.rows) for item in requests) <= max_tokens:
+        return [StepPart(tuple(requests))]
+    parts: list[StepPart[R]] = []
+    moves = tuple(
+        SequenceRequest(item.sequence, item.parent, item.start, item.rows[:0])
+        for item in requests
+        if item.parent != item.sequence
+    )
+    if moves:
+        parts.append(StepPart(moves))
+    current: list[SequenceRequest[R]] = []
+    room = max_tokens
+    for item in requests:
+        if not len(item.rows) and item.parent == item.sequence:
+            current.append(item)
+        done = 0
+        while done < len(item.rows):
+            rows = item.rows[done : done + room]
+            current.append(SequenceRequest(item.sequence, item.sequence, item.start + done, rows))
+            done += len(rows)
+            room -= len(rows)
+            if room == 0:
+                parts.append(StepPart(tuple(current)))
+                current, room = [], max_tokens
+    if current:
+        parts.append(StepPart(tuple(current)))
+    return parts
