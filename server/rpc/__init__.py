@@ -1,0 +1,1 @@
+"""The server's network side: gRPC handlers, sessions, pushes to the next hop."""

@@ -1,0 +1,236 @@
+"""The gRPC service of a server: turns calls into sessions, engine work and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from swarm.datatypes import ServerInfo, Span
+from swarm.errors import AddressInUseError, BadInputError, NoRouteError, SwarmError
+from swarm.pb import node_pb2, session_pb2
+from swarm.server.engine.engine import Engine
+from swarm.server.engine.work import BackwardWork, ForwardWork, WorkDone
+from swarm.server.rpc.sessions import HostedModel, ServerSession, SessionTable
+from swarm.wire.failures import failure_from_error
+from swarm.wire.frames import Frame, decode_frame, encode_frame
+from swarm.wire.limits import channel_options
+from swarm.wire.methods import SERVICE
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NodeService"]
+
+logger = logging.getLogger(__name__)
+
+Bytes = bytes
+LookupAnswer = Callable[[bytes], Awaitable[bytes]]
+
+
+class NodeService:
+    """Answers one server's calls; lives on the event loop.
+
+    `describe` gives the server's current account of itself; `answer_lookup` serves look-ups for clients
+    without a DHT; `join_addresses` are what others may pass to --join.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: HostedModel,
+        sessions: SessionTable,
+        engine: Engine,
+        describe: Callable[[], ServerInfo],
+        answer_lookup: LookupAnswer,
+        join_addresses: Callable[[], list[str]],
+    ) -> None:
+        self._model = model
+        self._sessions = sessions
+        self._engine = engine
+        self._describe = describe
+        self._answer_lookup = answer_lookup
+        self._join_addresses = join_addresses
+        self._started_s = time.monotonic()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on host:port (0 picks a port); returns the port. Raises AddressInUseError."""
+        server = grpc.aio.server(options=channel_options(), maximum_concurrent_rpcs=4096)
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    SERVICE,
+                    {
+                        "Session": stream(self._session),
+                        "Push": stream(self._push),
+                        "Forward": unary(self._forward),
+                        "Backward": unary(self._backward),
+                        "Health": unary(self._health),
+                        "Info": unary(self._info),
+                        "Lookup": unary(self._lookup),
+                    },
+                ),
+            )
+        )
+        netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound_port = server.add_insecure_port(netloc)
+        except RuntimeError as error:
+            raise AddressInUseError(f"can not listen on {netloc}: the port is taken or not yours; try --port 0") from error
+        if bound_port == 0:
+            raise AddressInUseError(f"can not listen on {netloc}: the port is taken or not yours; try --port 0")
+        await server.start()
+        self._server = server
+        return bound_port
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Stop listening; calls under way get `grace_s` to end."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+            self._server = None
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    async def _session(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
+        session: ServerSession | None = None
+        writing = asyncio.Lock()
+
+        async def send(body: bytes) -> None:
+            async with writing:
+                try:
+                    await context.write(body)
+                except (grpc.RpcError, asyncio.InvalidStateError, RuntimeError) as error:
+                    logger.debug("a client went away while it was answered: %s", error)
+
+        try:
+            async for body in requests:
+                try:
+                    header, frame = decode_frame(body, session_pb2.SessionRequest)
+                    kind = header.WhichOneof("kind")
+                    if kind == "open":
+                        session, opened = await self._sessions.open(header.open, send)
+                        await send(encode_frame(session_pb2.SessionReply(opened=opened)))
+                    elif session is None:
+                        raise BadInputError("the first message of a session stream must be `open`")
+                    elif kind == "step":
+                        await self._sessions.take_step(session, header.step, frame)
+                    elif kind == "close":
+                        await self._sessions.close(session)
+                        return
+                    else:
+                        raise BadInputError("a session message of no known kind was sent")
+                except SwarmError as error:
+                    await send(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
+                    if session is None or isinstance(error, BadInputError):
+                        return
+        finally:
+            if session is not None:
+                self._sessions.detach(session, send)
+
+    async def _push(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
+        # Headers tell the sender at once that somebody is here.
+        await context.send_initial_metadata(())
+        async for body in requests:
+            try:
+                header, frame = decode_frame(body, session_pb2.SessionRequest)
+                if header.WhichOneof("kind") != "step":
+                    raise BadInputError("only steps can be pushed")
+                session = self._sessions.find(header.step.session_id)
+                await self._sessions.take_step(session, header.step, frame)
+            except SwarmError as error:
+                await context.write(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
+                return
+
+    # -- stateless runs ------------------------------------------------------------------------
+
+    async def _forward(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
+        return await self._run_stateless(body, num_tensors=1)
+
+    async def _backward(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
+        return await self._run_stateless(body, num_tensors=2)
+
+    async def _run_stateless(self, body: bytes, *, num_tensors: int) -> bytes:
+        started_s = time.perf_counter()
+        try:
+            request, frame = decode_frame(body, node_pb2.RunRequest, max_tensors=num_tensors)
+            span, counts = self._check_run(request, frame, num_tensors)
+            loop = asyncio.get_running_loop()
+            result: asyncio.Future[torch.Tensor] = loop.create_future()
+
+            def finish(output: torch.Tensor | None, error: BaseException | None) -> None:
+                if result.done():  # the caller gave up
+                    return
+                if error is not None:
+                    result.set_exception(error)
+                elif output is not None:
+                    result.set_result(output)
+
+            def on_done(output: torch.Tensor | None, error: BaseException | None) -> None:
+                loop.call_soon_threadsafe(finish, output, error)
+
+            self._engine.submit(_stateless_work(frame, span, counts, on_done, num_tensors))
+            output = await result
+        except SwarmError as error:
+            return encode_frame(node_pb2.RunReply(failure=failure_from_error(error)))
+        compute_us = int((time.perf_counter() - started_s) * 1e6)
+        return encode_frame(node_pb2.RunReply(compute_us=compute_us), [output])
+
+    def _check_run(self, request: node_pb2.RunRequest, frame: Frame, num_tensors: int) -> tuple[Span, list[int]]:
+        model = self._model
+        if request.model_hash != model.model_hash:
+            raise NoRouteError(f"model {request.model_hash[:12]} is not served here, only {model.model_hash[:12]}")
+        if not (model.span.start <= request.start < request.end <= model.span.end):
+            raise NoRouteError(f"blocks {request.start}:{request.end} are not served here, only {model.span}")
+        counts = list(request.counts)
+        shape = (sum(counts), model.hidden_size)
+        if not counts or min(counts) < 1 or max(counts) > model.max_positions:
+            raise BadInputError(f"sequences must have 1 to {model.max_positions} tokens")
+        if len(frame.tensors) != num_tensors or any(tensor.shape != shape for tensor in frame.tensors):
+            shapes = [tensor.shape for tensor in frame.tensors]
+            raise BadInputError(f"expected {num_tensors} tensors of shape {shape}, not {shapes}")
+        if any(tensor.dtype not in ("float32", "bfloat16", "float16") for tensor in frame.tensors):
+            raise BadInputError("hidden states are float32, bfloat16 or float16")
+        return Span(start=request.start, end=request.end), counts
+
+    # -- questions -----------------------------------------------------------------------------
+
+    async def _health(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
+        info = self._describe()
+        return node_pb2.HealthReply(state=info.state.value, peer_id=info.peer_id).SerializeToString()
+
+    async def _info(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
+        from swarm.discovery.records import to_record
+
+        counters = self._engine.counters
+        return node_pb2.InfoReply(
+            server=to_record(self._describe(), expires_at=time.time() + 60.0),
+            uptime_s=int(time.monotonic() - self._started_s),
+            num_steps=counters.num_steps,
+            num_tokens=counters.num_tokens,
+            num_failed_steps=counters.num_failed_steps,
+            join_addresses=self._join_addresses(),
+        ).SerializeToString()
+
+    async def _lookup(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
+        try:
+            return await self._answer_lookup(body)
+        except BadInputError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
+
+
+def _stateless_work(
+    frame: Frame, span: Span, counts: list[int], on_done: WorkDone, num_tensors: int
+) -> ForwardWork | BackwardWork:
+    if num_tensors == 1:
+        return ForwardWork(span=span, counts=counts, hidden=frame.tensor(0), on_done=on_done)
+    return BackwardWork(
+        span=span, counts=counts, hidden=frame.tensor(0), gradient=frame.tensor(1), on_done=on_done
+    )
