@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,11 +68,12 @@ class SessionDriver:
         self._events: asyncio.Queue[HopEvent] = asyncio.Queue()
         self._streams: list[HopStream] = []
         self._farewells: set[asyncio.Task[None]] = set()
-        self.machine: SessionMachine[torch.Tensor] = SessionMachine(
-            max_length=max_length, max_sequences=num_sequences
-        )
+        self.machine: SessionMachine[torch.Tensor] = SessionMachine(max_length=max_length, max_sequences=num_sequences)
         self.route: Route | None = None
         self.num_failovers = 0
+        self.queue_position: int | None = None
+        """Our place in the queue of a server that is full; None when we do not wait."""
+        self._deadline_s = 0.0
 
     async def step(self, requests: Sequence[SequenceRequest[torch.Tensor]], *, last_only: bool) -> list[torch.Tensor]:
         """Run new tokens through all blocks; outputs per request, [T, H] or the last row.
@@ -81,9 +82,9 @@ class SessionDriver:
         it stood before the step.
         """
         self.machine.begin_step(requests)
-        deadline_s = time.monotonic() + self._config.request_timeout_s
+        self._deadline_s = time.monotonic() + self._config.request_timeout_s
         try:
-            outputs = await self._step_until(deadline_s, last_only)
+            outputs = await self._step_until(last_only)
         except BaseException:
             self._drop_route()
             if self.machine.state is not SessionState.CLOSED:
@@ -92,14 +93,14 @@ class SessionDriver:
         self.machine.finish_step()
         return outputs
 
-    async def _step_until(self, deadline_s: float, last_only: bool) -> list[torch.Tensor]:
+    async def _step_until(self, last_only: bool) -> list[torch.Tensor]:
         """Try, and after each loss recover and try again, until done or out of time."""
         while True:
             try:
                 if self.route is None:
-                    await self._establish(deadline_s)
+                    await self._establish()
                 parts = plan_parts(self.machine.pending, max_tokens=self._config.max_step_tokens)
-                results = await self._run_parts(parts, last_only=last_only, deadline_s=deadline_s)
+                results = await self._run_parts(parts, last_only=last_only)
                 return _outputs_by_request(self.machine.pending, parts, results, last_only=last_only)
             except RetryElsewhereError as error:
                 logger.info("step %d of epoch %d: %s", self.machine.step, self.machine.epoch, error)
@@ -107,7 +108,7 @@ class SessionDriver:
                 self._drop_route()
                 if self.machine.state is SessionState.STEPPING:
                     self.machine.lose_route()
-                if time.monotonic() + _RETRY_PAUSE_S >= deadline_s:
+                if time.monotonic() + _RETRY_PAUSE_S >= self._deadline_s:
                     raise DeadlineError(
                         f"the step could not be finished within {self._config.request_timeout_s:g} s; last: {error}"
                     ) from error
@@ -116,41 +117,80 @@ class SessionDriver:
 
     # -- route ---------------------------------------------------------------------------------
 
-    async def _establish(self, deadline_s: float) -> None:
+    async def _establish(self) -> None:
         """Open a route and send it the log, so that it stands where the session stands."""
         is_recovery = self.machine.epoch > 0
-        wait_s = max(min(self._config.no_route_wait_s, deadline_s - time.monotonic()), 0.0)
+        wait_s = max(min(self._config.no_route_wait_s, self._deadline_s - time.monotonic()), 0.0)
         route = await self._finder.find(wait_s=wait_s, fresh=is_recovery)
         await self._open(route)
         if self.machine.state is SessionState.RECOVERING:
             self.machine.recover_route()
-        log = self.machine.log(torch.cat)
+        log = self.machine.log(_concatenate)
         if log:
             parts = plan_parts(log, max_tokens=self._config.max_step_tokens)
-            await self._run_parts(parts, last_only=True, deadline_s=deadline_s)
+            await self._run_parts(parts, last_only=True)
 
     async def _open(self, route: Route) -> None:
-        """Open the session at every hop at once. Raises the refusal of the first hop that refuses."""
+        """Open the session at every hop. Raises the refusal of the first hop that refuses.
+
+        All at once, unless a hop was full before and there is no way around it: then one after the other in
+        block order, waiting in its queue. Everybody who waits holding a place does so in that order, so
+        nobody waits for somebody who waits for them.
+        """
         epoch = self.machine.start_epoch()
         self._events = asyncio.Queue()
         streams = [HopStream(hop, index, epoch, self._events.put_nowait) for index, hop in enumerate(route.hops)]
         try:
-            opened = await asyncio.gather(
-                *(self._open_hop(stream, route, index, epoch) for index, stream in enumerate(streams)),
-                return_exceptions=True,
-            )
+            if self._health.busy().intersection(hop.peer_id for hop in route.hops):
+                await self._open_in_turn(streams, route, epoch)
+            else:
+                opened = await asyncio.gather(
+                    *(self._open_hop(stream, route, index, epoch) for index, stream in enumerate(streams)),
+                    return_exceptions=True,
+                )
+                problems = [result for result in opened if isinstance(result, BaseException)]
+                if problems:
+                    # What retrying can not mend is said first.
+                    raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
         except BaseException:
             self._say_farewell(streams)
             raise
-        problems = [result for result in opened if isinstance(result, BaseException)]
-        if problems:
-            self._say_farewell(streams)
-            # What retrying can not mend is said first.
-            raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
         self._streams = streams
         self.route = route
 
-    async def _open_hop(self, stream: HopStream, route: Route, index: int, epoch: int) -> None:
+    async def _open_in_turn(self, streams: Sequence[HopStream], route: Route, epoch: int) -> None:
+        """Open hop by hop, waiting in queues; the time in them does not count against the step's deadline."""
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._config.queue_timeout_s):
+                for index, stream in enumerate(streams):
+                    await self._open_hop(stream, route, index, epoch, on_queued=self._note_position)
+        except TimeoutError:
+            raise DeadlineError(
+                f"the servers of {route} stayed full for {self._config.queue_timeout_s:g} s "
+                f"(our place in the queue: {self.queue_position}); try again later"
+            ) from None
+        finally:
+            self.queue_position = None
+            self._deadline_s += time.monotonic() - started_s
+
+    def _note_position(self, position: int) -> None:
+        logger.info("the server is full; our place in its queue is %d", position)
+        self.queue_position = position
+
+    def _expected_tokens(self) -> int:
+        """Positions we claim to need soon: what is held and under way, and a little for the answer."""
+        held = sum(self.machine.lengths) + sum(len(item.rows) for item in self.machine.pending)
+        return min(held + self._config.expected_new_tokens, self.machine.max_length * self.machine.max_sequences)
+
+    async def _open_hop(
+        self,
+        stream: HopStream,
+        route: Route,
+        index: int,
+        epoch: int,
+        on_queued: Callable[[int], None] | None = None,
+    ) -> None:
         request = pb.Open(
             session_id=self._session_id,
             epoch=epoch,
@@ -160,6 +200,8 @@ class SessionDriver:
             max_length=self.machine.max_length,
             max_sequences=self.machine.max_sequences,
             protocol=PROTOCOL_VERSION,
+            expected_tokens=self._expected_tokens(),
+            may_wait=on_queued is not None,
         )
         if self._use_push and index + 1 < len(route.hops):
             next_server = route.hops[index + 1].server
@@ -167,7 +209,7 @@ class SessionDriver:
             request.next.addresses.extend(next_server.addresses)
         try:
             channel = self._channels.to(stream.hop.server)
-            opened = await stream.open(channel, request, timeout_s=self._config.connect_timeout_s)
+            opened = await stream.open(channel, request, timeout_s=self._config.connect_timeout_s, on_queued=on_queued)
             if opened.peer_id != stream.hop.peer_id:
                 raise PeerFaultError(
                     f"{stream.hop.server.addresses[0]} should be {stream.hop.peer_id}, but is {opened.peer_id}"
@@ -197,9 +239,7 @@ class SessionDriver:
 
     # -- steps ---------------------------------------------------------------------------------
 
-    async def _run_parts(
-        self, parts: Sequence[StepPart[torch.Tensor]], *, last_only: bool, deadline_s: float
-    ) -> list[torch.Tensor]:
+    async def _run_parts(self, parts: Sequence[StepPart[torch.Tensor]], *, last_only: bool) -> list[torch.Tensor]:
         """Send parts, a few under way at a time, and collect the last hop's outputs in order."""
         assert self.route is not None
         steps: dict[int, tuple[pb.Step, StepPart[torch.Tensor]]] = {}
@@ -212,7 +252,7 @@ class SessionDriver:
                 steps[step.step] = (step, part)
                 num_sent += 1
                 await self._send(0, step, _rows(part))
-            event = await self._next_event(deadline_s)
+            event = await self._next_event(list(steps.values()))
             if event.error is not None:
                 await self._handle_failure(event)
             result, frame = event.result, event.frame
@@ -258,28 +298,40 @@ class SessionDriver:
             await self._blame(stream.hop, lost)
             raise
 
-    async def _next_event(self, deadline_s: float) -> HopEvent:
-        """The next thing a hop of this epoch says. Raises PeerLostError when all are silent for too long."""
-        timeout_s = min(self._config.step_timeout_s, max(deadline_s - time.monotonic(), 0.01))
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (event := await self._events.get()).epoch != self.machine.epoch:
-                    pass
-        except TimeoutError:
-            await self._blame_silent_hops()
-            raise PeerLostError(f"no server of the route answered within {timeout_s:.1f} s") from None
-        return event
+    async def _next_event(self, under_way: Sequence[tuple[pb.Step, StepPart[torch.Tensor]]]) -> HopEvent:
+        """The next thing a hop of this epoch says. Raises PeerLostError when somebody has fallen silent.
 
-    async def _blame_silent_hops(self) -> None:
+        Where everybody is alive the step is asked for again, in case it was lost on its way between servers:
+        those who have run it answer from memory, so asking does no harm.
+        """
+        while True:
+            timeout_s = min(self._config.step_timeout_s, max(self._deadline_s - time.monotonic(), 0.01))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while (event := await self._events.get()).epoch != self.machine.epoch:
+                        pass
+                return event
+            except TimeoutError:
+                if await self._blame_silent_hops() or time.monotonic() >= self._deadline_s:
+                    raise PeerLostError(f"no server of the route answered within {timeout_s:.1f} s") from None
+                logger.info("the route is slow, but all of its servers answer; asking again")
+                if len(under_way) == 1:
+                    step, part = under_way[0]
+                    await self._send(0, step, _rows(part))
+
+    async def _blame_silent_hops(self) -> bool:
         """A step got lost without a word: whoever does not even answer a health call is to blame."""
         hops = [stream.hop for stream in self._streams]
         answers = await asyncio.gather(
             *(check_health(self._channels.to(hop.server), hop.peer_id, timeout_s=_HEALTH_TIMEOUT_S) for hop in hops),
             return_exceptions=True,
         )
-        for hop, answer in zip(hops, answers, strict=True):
-            if isinstance(answer, RetryElsewhereError):
-                await self._blame(hop, answer)
+        silent = [
+            (hop, answer) for hop, answer in zip(hops, answers, strict=True) if isinstance(answer, RetryElsewhereError)
+        ]
+        for hop, error in silent:
+            await self._blame(hop, error)
+        return bool(silent)
 
     async def _handle_failure(self, event: HopEvent) -> None:
         """Raise a hop's failure after blaming whoever is guilty of it."""
@@ -322,6 +374,10 @@ class SessionDriver:
         self._drop_route()
         if self._farewells:
             await asyncio.wait(self._farewells, timeout=2.0)
+
+
+def _concatenate(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(chunks))
 
 
 def _rows(part: StepPart[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""Settings of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from swarm.datatypes import PeerId
+
+__all__ = ["ClientConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How a client uses the swarm."""
+
+    request_timeout_s: float = 120.0
+    """Overall deadline of one step, recoveries and waiting for missing servers included."""
+    step_timeout_s: float = 60.0
+    """A route that is silent for this long during a step counts as lost."""
+    connect_timeout_s: float = 10.0
+    """For opening a session at one server, and for look-ups."""
+    queue_timeout_s: float = 600.0
+    """How long to wait in the queue of a full server when there is no other."""
+    expected_new_tokens: int = 256
+    """Tokens that a session is said to need beyond its prompt, unless its max_length is less."""
+    no_route_wait_s: float = 30.0
+    """How long to wait for servers of blocks that nobody serves before giving up."""
+    max_step_tokens: int = 512
+    """Longer inputs travel in chunks of this many tokens, so hops work on different chunks at once."""
+    max_steps_in_flight: int = 4
+    """Chunks under way at the same time."""
+    use_push: bool = True
+    """Servers pass outputs on to each other; False sends every output through the client."""
+    lookup_ttl_s: float = 5.0
+    """How long a list of servers is used before it is fetched anew."""
+    ban_s: float = 15.0
+    """How long a peer that failed is avoided; doubles with each further failure, up to 8 times."""
+    allowed_peers: Collection[PeerId] | None = None
+    """Use only these peers; None allows all."""
+    blocked_peers: Collection[PeerId] = ()
+    """Never use these peers."""
+
+    def __post_init__(self) -> None:
+        for name in ("request_timeout_s", "step_timeout_s", "connect_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"ClientConfig.{name} is {getattr(self, name)}; give seconds above 0")
+        if self.max_step_tokens < 1 or self.max_steps_in_flight < 1:
+            raise ValueError("ClientConfig.max_step_tokens and max_steps_in_flight must be at least 1")

@@ -1,0 +1,61 @@
+"""Unary calls to a server: health, and stateless forward and backward runs."""
+
+# Letters: T tokens of all sequences, H hidden size.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from swarm.errors import PeerFaultError
+from swarm.pb import node_pb2
+from swarm.wire.failures import error_from_failure, error_from_rpc
+from swarm.wire.frames import decode_frame, encode_frame
+from swarm.wire.methods import BACKWARD, FORWARD, HEALTH
+
+if TYPE_CHECKING:
+    import torch
+
+    from swarm.datatypes import Hop, ModelHash, PeerId
+
+__all__ = ["check_health", "run_blocks"]
+
+
+async def check_health(channel: grpc.aio.Channel, peer: PeerId, *, timeout_s: float) -> str:
+    """The server's state (joining, online, …). Raises PeerLostError when it does not answer in time."""
+    try:
+        body: bytes = await channel.unary_unary(HEALTH)(node_pb2.HealthRequest().SerializeToString(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise error_from_rpc(error, peer=peer) from error
+    return node_pb2.HealthReply.FromString(body).state
+
+
+async def run_blocks(
+    channel: grpc.aio.Channel,
+    hop: Hop,
+    model_hash: ModelHash,
+    counts: Sequence[int],
+    hidden: torch.Tensor,
+    gradient: torch.Tensor | None,
+    *,
+    timeout_s: float,
+) -> torch.Tensor:
+    """Outputs [T, H] of whole sequences; with `gradient` (of the outputs) the gradient of the inputs instead.
+
+    Raises the server's refusal, PeerLostError, or PeerFaultError for an impossible answer.
+    """
+    request = node_pb2.RunRequest(model_hash=model_hash, start=hop.start, end=hop.end, counts=counts)
+    method, tensors = (FORWARD, [hidden]) if gradient is None else (BACKWARD, [hidden, gradient])
+    try:
+        body: bytes = await channel.unary_unary(method)(encode_frame(request, tensors), timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise error_from_rpc(error, peer=hop.peer_id) from error
+    reply, frame = decode_frame(body, node_pb2.RunReply)
+    if reply.HasField("failure"):
+        raise error_from_failure(reply.failure, peer=hop.peer_id)
+    if len(frame.tensors) != 1 or frame.tensors[0].shape != tuple(hidden.shape):
+        raise PeerFaultError(f"server {hop.peer_id} answered a run with tensors of another shape")
+    return frame.tensor(0)
