@@ -1,4 +1,4 @@
-"""The engine thread: takes work from the network layer, runs steps before training, never lets an error out."""
+"""The engine thread: takes work from the network layer, runs it step by step, never lets an error out."""
 
 from __future__ import annotations
 
@@ -7,32 +7,56 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from swarm.errors import PeerFaultError, SwarmError
+from swarm.server.engine.kv_usage import KVUsage
+from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, plan_step
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
+from swarm.server.session_mirror import SequenceStep
 
-__all__ = ["Engine", "EngineCounters", "SpanBackend"]
+__all__ = ["Engine", "EngineCounters", "NotNow", "SpanBackend"]
 
 logger = logging.getLogger(__name__)
 
 StatelessWork = ForwardWork | BackwardWork
+_RETRY_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """A backend's answer to work that must wait until others have given memory back."""
+
+    reason: str
 
 
 class SpanBackend(Protocol):
     """Runs blocks; lives on the engine thread, so it needs no locks."""
 
-    def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | BaseException]:
-        """Run one step of each of several sessions; an error is that session's own."""
+    @property
+    def num_tokens_total(self) -> int:
+        """Positions that fit the KV memory when idle."""
+
+    @property
+    def num_tokens_free(self) -> int:
+        """Positions that still fit; may be read from other threads."""
+
+    @property
+    def kv_usage(self) -> KVUsage:
+        """Use of the KV memory; may be read from other threads."""
+
+    def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
+        """Run one step of each of several sessions, oldest first; an error is that session's own."""
 
     def run_stateless(self, work: StatelessWork) -> torch.Tensor:
         """Forward outputs or input gradients [T, H]."""
 
     def forget(self, session: SessionKey) -> None:
-        """Free a session's caches; harmless when there are none."""
+        """Free a session's memory; harmless when there is none."""
 
 
 @dataclass
@@ -40,40 +64,87 @@ class EngineCounters:
     """Totals since start; written by the engine thread, read by anyone."""
 
     num_steps: int = 0
+    """Sessions' steps finished."""
+    num_batches: int = 0
+    """Engine steps, each of them parts of several sessions' steps."""
     num_tokens: int = 0
     num_failed_steps: int = 0
     busy_s: float = 0.0
 
 
 @dataclass
-class _Ready:
-    """Work not yet run, in order of arrival."""
+class _Job:
+    """A session's step and how far it has come."""
 
-    steps: deque[StepWork] = field(default_factory=deque)
-    stateless: deque[StatelessWork] = field(default_factory=deque)
+    work: StepWork
+    is_decode: bool
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    num_done: int = 0
+    has_begun: bool = False
 
-    def take_steps(self) -> list[StepWork]:
-        """The oldest step of each session: one session's steps depend on each other, so they take turns."""
-        taken: dict[SessionKey, StepWork] = {}
-        later: deque[StepWork] = deque()
-        for work in self.steps:
-            if work.session in taken:
-                later.append(work)
-            else:
-                taken[work.session] = work
-        self.steps = later
-        return list(taken.values())
+    @property
+    def num_left(self) -> int:
+        return self.work.hidden.shape[0] - self.num_done
+
+    def part(self, num_tokens: int) -> StepWork:
+        """The next `num_tokens` as a step of their own.
+
+        The first part names every sequence, so that all forks happen before anything grows.
+        """
+        work = self.work
+        if not self.has_begun and num_tokens == work.hidden.shape[0]:
+            return work
+        items: list[SequenceStep] = []
+        first = 0
+        for item in work.sequences:
+            skipped = min(max(self.num_done - first, 0), item.count)
+            taken = min(max(self.num_done + num_tokens - first, 0), item.count) - skipped
+            first += item.count
+            if not self.has_begun:
+                items.append(SequenceStep(item.sequence, item.parent, item.start, taken))
+            elif taken:
+                items.append(SequenceStep(item.sequence, item.sequence, item.start + skipped, taken))
+        rows = work.hidden[self.num_done : self.num_done + num_tokens]
+        return StepWork(work.session, work.span, items, rows, work.on_done)
 
 
 class Engine:
     """Owns a backend and the thread it runs on. `start` before use, `stop` to end; submit from any thread."""
 
-    def __init__(self, backend: SpanBackend) -> None:
+    def __init__(
+        self,
+        backend: SpanBackend,
+        config: SchedulerConfig | None = None,
+        *,
+        now_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._backend = backend
+        self._config = config or SchedulerConfig()
+        self._now_s = now_s
         self._inbox: queue.SimpleQueue[StepWork | StatelessWork | SessionKey | None] = queue.SimpleQueue()
+        self._jobs: dict[SessionKey, deque[_Job]] = {}
+        """Unfinished steps by session, sessions in the order in which they came to wait."""
+        self._stateless: deque[StatelessWork] = deque()
+        self._sizer = ChunkSizer(self._config)
+        self._is_prefill_turn = True
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="swarm-engine", daemon=True)
-        self._stopped = threading.Event()
         self.counters = EngineCounters()
+
+    @property
+    def num_tokens_total(self) -> int:
+        """Positions that fit the KV memory when idle."""
+        return self._backend.num_tokens_total
+
+    @property
+    def num_tokens_free(self) -> int:
+        """Positions that still fit."""
+        return self._backend.num_tokens_free
+
+    @property
+    def kv_usage(self) -> KVUsage:
+        """Use of the KV memory after the last engine step."""
+        return self._backend.kv_usage
 
     def start(self) -> None:
         """Start the thread."""
@@ -84,69 +155,115 @@ class Engine:
         self._inbox.put(work)
 
     def forget(self, session: SessionKey) -> None:
-        """Free a session's caches after the work submitted so far."""
+        """Drop a session: what it still has queued is answered with an error, its memory is freed."""
         self._inbox.put(session)
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Finish what is queued, then end the thread; what is submitted later fails."""
+        """End the thread; work not yet run is answered with an error."""
         self._inbox.put(None)
         self._thread.join(timeout_s)
 
-    def _run(self) -> None:
-        ready = _Ready()
-        to_forget: list[SessionKey] = []
-        running = True
-        while running or ready.steps or ready.stateless:
-            running &= self._receive(ready, to_forget, wait=running and not (ready.steps or ready.stateless))
-            if ready.steps:
-                self._run_steps(ready.take_steps())
-            elif ready.stateless:
-                self._run_stateless(ready.stateless.popleft())
-            if to_forget:
-                # A session is forgotten only after its queued steps, which would otherwise bring it back.
-                waiting = {work.session for work in ready.steps}
-                for session in [item for item in to_forget if item not in waiting]:
-                    self._backend.forget(session)
-                    to_forget.remove(session)
-        self._stopped.set()
+    # -- the thread ----------------------------------------------------------------------------
 
-    def _receive(self, ready: _Ready, to_forget: list[SessionKey], *, wait: bool) -> bool:
-        """Move everything from the inbox to `ready`; False once asked to stop."""
-        block = wait
+    def _run(self) -> None:
+        is_blocked = False
+        while not self._is_stopping:
+            has_work = bool(self._jobs or self._stateless)
+            self._receive(wait_s=_RETRY_S if is_blocked else 0.0 if has_work else None)
+            if self._is_stopping:
+                break
+            if self._jobs:
+                is_blocked = not self._run_steps()
+            elif self._stateless:
+                self._run_stateless(self._stateless.popleft())
+        for session in list(self._jobs):
+            self._fail_session(session, PeerFaultError("the server is stopping"))
+        for work in self._stateless:
+            work.on_done(None, PeerFaultError("the server is stopping"))
+
+    def _receive(self, *, wait_s: float | None) -> None:
+        """Take everything from the inbox, waiting for the first thing (None: for as long as it takes)."""
+        is_first = True
         while True:
             try:
-                item = self._inbox.get(block=block)
+                item = self._inbox.get(block=is_first and wait_s != 0.0, timeout=wait_s if is_first else None)
             except queue.Empty:
-                return True
-            block = False
+                return
+            is_first = False
             if item is None:
-                return False
-            if isinstance(item, StepWork):
-                ready.steps.append(item)
+                self._is_stopping = True
+            elif isinstance(item, StepWork):
+                is_decode = item.hidden.shape[0] <= self._config.decode_tokens
+                self._jobs.setdefault(item.session, deque()).append(_Job(item, is_decode))
             elif isinstance(item, tuple):
-                to_forget.append(item)
+                self._fail_session(item, PeerFaultError("the session was closed"))
+                self._backend.forget(item)
             else:
-                ready.stateless.append(item)
+                self._stateless.append(item)
 
-    def _run_steps(self, works: list[StepWork]) -> None:
-        started = time.perf_counter()
+    def _run_steps(self) -> bool:
+        """One engine step. False when nothing could run."""
+        jobs = [waiting[0] for waiting in self._jobs.values()]
+        shares = plan_step(
+            [Candidate(job.num_left, job.is_decode) for job in jobs],
+            chunk_tokens=self._sizer.chunk_tokens(now_s=self._now_s()),
+            max_step_tokens=self._config.max_step_tokens,
+            is_prefill_turn=self._is_prefill_turn,
+        )
+        chosen = [jobs[share.index] for share in shares]
+        parts = [jobs[share.index].part(share.num_tokens) for share in shares]
+        started_s = self._now_s()
         try:
-            results = self._backend.run_steps(works)
+            results = self._backend.run_steps(parts)
         except Exception as error:
-            logger.exception("a batch of %d steps failed", len(works))
-            results = [error] * len(works)
-        self.counters.busy_s += time.perf_counter() - started
-        for work, result in zip(works, results, strict=True):
-            self.counters.num_steps += 1
+            logger.exception("a batch of %d steps failed", len(parts))
+            results = [error] * len(parts)
+        ended_s = self._now_s()
+        is_prefill = not chosen[0].is_decode
+        self._is_prefill_turn = not is_prefill
+        num_tokens = sum(
+            part.hidden.shape[0] for part, result in zip(parts, results, strict=True) if isinstance(result, torch.Tensor)
+        )
+        if num_tokens:
+            self._sizer.record(
+                num_tokens=num_tokens, is_prefill=is_prefill, seconds=ended_s - started_s, now_s=ended_s
+            )
+        self.counters.num_batches += 1
+        self.counters.num_tokens += num_tokens
+        self.counters.busy_s += ended_s - started_s
+        has_run = False
+        for job, part, result in zip(chosen, parts, results, strict=True):
+            if isinstance(result, NotNow):
+                continue
+            has_run = True
             if isinstance(result, BaseException):
                 self.counters.num_failed_steps += 1
-                work.on_done(None, _as_swarm_error(result))
+                self._fail_session(job.work.session, _as_swarm_error(result))
             else:
-                self.counters.num_tokens += work.hidden.shape[0]
-                work.on_done(result, None)
+                self._advance(job, part, result)
+        return has_run
+
+    def _advance(self, job: _Job, part: StepWork, output: torch.Tensor) -> None:
+        """Account for a part that has run; the step's last part answers it."""
+        job.has_begun = True
+        job.num_done += part.hidden.shape[0]
+        job.outputs.append(output)
+        if job.num_left:
+            return
+        waiting = self._jobs.pop(job.work.session)
+        waiting.popleft()
+        if waiting:
+            self._jobs[job.work.session] = waiting  # at the end: sessions take turns
+        self.counters.num_steps += 1
+        job.work.on_done(job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs), None)
+
+    def _fail_session(self, session: SessionKey, error: BaseException) -> None:
+        """Answer all of a session's queued steps: after a failed one the later ones can not be right."""
+        for job in self._jobs.pop(session, ()):
+            job.work.on_done(None, error)
 
     def _run_stateless(self, work: StatelessWork) -> None:
-        started = time.perf_counter()
+        started_s = self._now_s()
         try:
             result = self._backend.run_stateless(work)
         except Exception as error:
@@ -154,7 +271,7 @@ class Engine:
             work.on_done(None, _as_swarm_error(error))
         else:
             work.on_done(result, None)
-        self.counters.busy_s += time.perf_counter() - started
+        self.counters.busy_s += self._now_s() - started_s
 
 
 def _as_swarm_error(error: BaseException) -> BaseException:

@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.errors import BadInputError, SessionStateError
+from swarm.errors import BadInputError, PeerBusyError, SessionStateError
+from swarm.models.narrowed import narrow
+from swarm.server.capacity import kv_tokens_that_fit
+from swarm.server.engine.kv_usage import KVUsage
+from swarm.server.engine.engine import NotNow
+from swarm.server.engine.stateless import run_stateless
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 
 if TYPE_CHECKING:
     from swarm.datatypes import Span
-    from swarm.models.span import SpanCache, SpanModel
+    from swarm.models import SpanCache, SpanModel
+    from swarm.models.narrowed import NarrowedSpan
 
 __all__ = ["SequentialBackend"]
 
@@ -24,32 +30,66 @@ __all__ = ["SequentialBackend"]
 class SequentialBackend:
     """A span and, per session and sequence, one cache."""
 
-    def __init__(self, model: SpanModel) -> None:
+    def __init__(self, model: SpanModel, *, memory_bytes: int) -> None:
+        """Raises BadInputError when `memory_bytes` hold not even one token."""
         self._model = model
+        self._bytes_per_token = _cache_bytes_per_token(model)
+        self.num_tokens_total = kv_tokens_that_fit(memory_bytes, self._bytes_per_token)
+        self._num_tokens_used: dict[SessionKey, int] = {}
         self._caches: dict[SessionKey, dict[int, SpanCache]] = {}
+        self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
+
+    def _part(self, span: Span) -> SpanModel | NarrowedSpan:
+        """The blocks of `span`, kept: routes use the same few parts again and again."""
+        part = self._parts.get(span)
+        if part is None:
+            part = self._parts[span] = narrow(self._model, span)
+        return part
 
     @property
     def num_sessions(self) -> int:
         """Sessions with caches."""
         return len(self._caches)
 
+    @property
+    def num_tokens_free(self) -> int:
+        """Positions that still fit; another thread may read it."""
+        return max(self.num_tokens_total - sum(list(self._num_tokens_used.values())), 0)
+
+    @property
+    def kv_usage(self) -> KVUsage:
+        """Use of the KV memory: caches are as long as their tokens; another thread may read it."""
+        return KVUsage(
+            total_bytes=self.num_tokens_total * self._bytes_per_token,
+            used_bytes=sum(list(self._num_tokens_used.values())) * self._bytes_per_token,
+        )
+
     def forget(self, session: SessionKey) -> None:
         """Free a session's caches; harmless when there are none."""
         self._caches.pop(session, None)
+        self._num_tokens_used.pop(session, None)
 
-    def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | BaseException]:
+    def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """One step of each session, in turn; [T, H] each, or that session's error."""
-        results: list[torch.Tensor | BaseException] = []
+        results: list[torch.Tensor | NotNow | BaseException] = []
         for work in works:
             try:
+                self._check_room(work)
                 results.append(self._run_step(work))
+                lengths = [cache.length for cache in self._caches[work.session].values()]
+                self._num_tokens_used[work.session] = sum(lengths)
             except Exception as error:  # the error is that session's own: the others go on
                 results.append(error)
         return results
 
+    def _check_room(self, work: StepWork) -> None:
+        num_new = work.hidden.shape[0]
+        if num_new > self.num_tokens_free:
+            raise PeerBusyError(f"the KV memory has room for {self.num_tokens_free} tokens, not for {num_new}")
+
     @torch.inference_mode()
     def _run_step(self, work: StepWork) -> torch.Tensor:
-        model = self._model.narrow(work.span)
+        model = self._part(work.span)
         caches = self._caches.setdefault(work.session, {})
         self._apply_forks(model, caches, work)
         hidden = work.hidden.to(device=model.device, dtype=model.dtype)
@@ -70,7 +110,7 @@ class SequentialBackend:
         return result
 
     @staticmethod
-    def _apply_forks(model: SpanModel, caches: dict[int, SpanCache], work: StepWork) -> None:
+    def _apply_forks(model: SpanModel | NarrowedSpan, caches: dict[int, SpanCache], work: StepWork) -> None:
         """Bring every named sequence to its start: new, continued, rewound, or copied from its parent.
 
         Copies are made before any parent is cropped, because all parents are read as they were.
@@ -94,27 +134,14 @@ class SequentialBackend:
 
     def run_stateless(self, work: ForwardWork | BackwardWork) -> torch.Tensor:
         """Whole sequences without caches: outputs, or the gradient of the inputs, [T, H]."""
-        if isinstance(work, ForwardWork):
-            with torch.inference_mode():
-                return torch.cat([self._run_whole(work.span, part) for part in self._split(work.hidden, work.counts)])
-        parts = zip(
-            self._split(work.hidden, work.counts), self._split(work.gradient, work.counts), strict=True
-        )
-        return torch.cat([self._input_gradient(work.span, inputs, gradient) for inputs, gradient in parts])
+        return run_stateless(self._part(work.span), work)
 
-    def _split(self, rows: torch.Tensor, counts: object) -> tuple[torch.Tensor, ...]:
-        rows = rows.to(device=self._model.device, dtype=self._model.dtype)
-        return rows.split(list(counts))  # type: ignore[call-overload, no-any-return]
 
-    def _run_whole(self, span: Span, hidden: torch.Tensor) -> torch.Tensor:
-        model = self._model.narrow(span)
-        positions = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(0)
-        output: torch.Tensor = model(hidden.unsqueeze(0), positions).squeeze(0)
-        return output
-
-    def _input_gradient(self, span: Span, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            output = self._run_whole(span, hidden)
-        (input_gradient,) = torch.autograd.grad(output, hidden, gradient)
-        return input_gradient
+def _cache_bytes_per_token(model: SpanModel) -> int:
+    """From what a cache of a few tokens really takes: families differ in what they store."""
+    num_tokens = 4
+    cache = model.new_cache()
+    hidden = torch.zeros(1, num_tokens, model.hidden_size, dtype=model.dtype, device=model.device)
+    with torch.inference_mode():
+        model(hidden, torch.arange(num_tokens, device=model.device).unsqueeze(0), cache=cache)
+    return max(cache.size_bytes // num_tokens, 1)

@@ -1,0 +1,105 @@
+"""Who may start a session, who waits and in which place. Pure.
+
+Sessions state what they expect to use. Pages are never reserved for it; the sum of the expectations only
+decides whether one more session is let in, so that those inside rarely have to make room for each other.
+Who is let in stays in: a session that uses more than it said is a matter for the page store.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["AdmissionConfig", "AdmissionQueue", "Decision"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionConfig:
+    """Bounds of a server's admission."""
+
+    max_sessions: int = 256
+    """Sessions inside."""
+    max_waiting: int = 64
+    """Sessions in the queue; one more is sent away."""
+    fill_share: float = 0.95
+    """Part of the KV memory that expectations may add up to."""
+
+    def __post_init__(self) -> None:
+        if self.max_sessions < 1 or self.max_waiting < 0:
+            raise ValueError("AdmissionConfig needs max_sessions >= 1 and max_waiting >= 0")
+        if not 0 < self.fill_share <= 1:
+            raise ValueError(f"AdmissionConfig.fill_share is {self.fill_share}; give a share above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Outcome of a request to start."""
+
+    is_admitted: bool
+    position: int | None
+    """Place in the queue, from 1; None when admitted or sent away."""
+
+
+class AdmissionQueue(Generic[Key]):
+    """Sessions inside and waiting, first come first served."""
+
+    def __init__(self, *, num_tokens_total: int, config: AdmissionConfig | None = None) -> None:
+        self._config = config or AdmissionConfig()
+        self._limit = max(int(num_tokens_total * self._config.fill_share), 1)
+        self._inside: dict[Key, int] = {}
+        self._waiting: OrderedDict[Key, int] = OrderedDict()
+        self._num_tokens_expected = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_inside(self) -> int:
+        return len(self._inside)
+
+    def _fits(self, num_tokens: int) -> bool:
+        """A session alone is always let in: nothing would ever change by waiting."""
+        if not self._inside:
+            return True
+        return (
+            len(self._inside) < self._config.max_sessions and self._num_tokens_expected + num_tokens <= self._limit
+        )
+
+    def request(self, key: Key, num_tokens_expected: int, *, may_wait: bool) -> Decision:
+        """Ask to start. Nobody overtakes those who wait."""
+        if key in self._inside or key in self._waiting:
+            raise ValueError("this session has asked before")
+        if not self._waiting and self._fits(num_tokens_expected):
+            self._admit(key, num_tokens_expected)
+            return Decision(True, None)
+        if not may_wait or len(self._waiting) >= self._config.max_waiting:
+            return Decision(False, None)
+        self._waiting[key] = num_tokens_expected
+        return Decision(False, len(self._waiting))
+
+    def _admit(self, key: Key, num_tokens_expected: int) -> None:
+        self._inside[key] = num_tokens_expected
+        self._num_tokens_expected += num_tokens_expected
+
+    def leave(self, key: Key) -> list[Key]:
+        """A session has ended or given up waiting; returns those who are let in now, in order."""
+        self._waiting.pop(key, None)
+        self._num_tokens_expected -= self._inside.pop(key, 0)
+        admitted: list[Key] = []
+        while self._waiting:
+            candidate, num_tokens = next(iter(self._waiting.items()))
+            if not self._fits(num_tokens):
+                break
+            del self._waiting[candidate]
+            self._admit(candidate, num_tokens)
+            admitted.append(candidate)
+        return admitted
+
+    def positions(self) -> dict[Key, int]:
+        """Place in the queue of everybody who waits, from 1."""
+        return {key: place for place, key in enumerate(self._waiting, start=1)}
