@@ -6,18 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.datatypes import ServerInfo, ServerState, Span
-from swarm.errors import BadInputError, FinalError, UnsupportedModelError
-from swarm.server.capacity import kv_tokens_that_fit
-from swarm.server.engine.engine import Engine
+from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.server.engine.engine import Engine, SpanBackend
 from swarm.server.rpc.service import NodeService
 from swarm.server.rpc.sessions import HostedModel, SessionLimits, SessionTable
 
 if TYPE_CHECKING:
+    import torch
+
     from swarm.discovery.registry import Registry
     from swarm.identity import Identity
     from swarm.models import ModelSource, SpanModel
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Node", "NodeConfig"]
 
 logger = logging.getLogger(__name__)
+_UNLIMITED_POSITIONS = 2**20
+"""For models that state no context length (bloom); memory is the limit then."""
 _WEIGHTS = ("auto", "fp32", "bf16")
 
 
@@ -62,7 +65,7 @@ class NodeConfig:
     """How long a leaving server lets its sessions finish."""
     num_threads: int | None = None
     """CPU threads for computing; None leaves it to torch."""
-    limits: SessionLimits = SessionLimits()
+    limits: SessionLimits = field(default_factory=SessionLimits)
 
     def __post_init__(self) -> None:
         if self.weights not in _WEIGHTS:
@@ -95,10 +98,10 @@ class Node:
     @property
     def info(self) -> ServerInfo:
         """What this server announces now. Raises RuntimeError before start."""
-        if self._info is None or self._sessions is None:
+        if self._info is None or self._sessions is None or self._engine is None:
             raise RuntimeError("the server has not started")
         return replace(
-            self._info, num_sessions=self._sessions.num_sessions, kv_tokens_free=self._sessions.kv_tokens_free
+            self._info, num_sessions=self._sessions.num_sessions, kv_tokens_free=self._engine.num_tokens_free
         )
 
     def join_addresses(self) -> list[str]:
@@ -120,20 +123,20 @@ class Node:
             self._registry = await self._join()
         span = await self._choose_span()
         model = await asyncio.to_thread(self._load, span, report)
-        tokens_total = kv_tokens_that_fit(config.kv_memory_bytes, _kv_bytes_per_token(model))
+        from swarm.server.engine.choosing import choose_backend
+
+        chosen = await asyncio.to_thread(choose_backend, model, memory_bytes=config.kv_memory_bytes)
         hosted = HostedModel(
             model_hash=source.model_hash,
             span=span,
             hidden_size=model.hidden_size,
-            max_positions=source.max_positions,
+            max_positions=source.max_positions or _UNLIMITED_POSITIONS,
             kv_policy=config.kv_policy,
             peer_id=self._identity.peer_id,
         )
-        from swarm.server.engine.sequential import SequentialBackend
-
-        self._engine = Engine(SequentialBackend(model))
+        self._engine = Engine(chosen.backend)
         self._engine.start()
-        self._sessions = SessionTable(hosted, self._engine, replace(config.limits, kv_tokens_total=tokens_total))
+        self._sessions = SessionTable(hosted, self._engine, config.limits)
         from swarm.discovery.lookup_service import answer_lookup
 
         registry = self._registry
@@ -159,9 +162,9 @@ class Node:
             state=ServerState.ONLINE,
             weights=_weights_name(model),
             kv_policy=config.kv_policy,
-            kv_tokens_free=tokens_total,
-            kv_tokens_total=tokens_total,
-            tokens_per_s=await asyncio.to_thread(measure_tokens_per_s, model),
+            kv_tokens_free=self._engine.num_tokens_free,
+            kv_tokens_total=self._engine.num_tokens_total,
+            tokens_per_s=await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend),
             addresses=[_with_port(self._announced_host(), port)],
             version=_version(),
         )
@@ -299,7 +302,7 @@ def _choose_device(name: str) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
-def _choose_dtype(weights: str, device: str) -> torch.dtype:  # noqa: F821
+def _choose_dtype(weights: str, device: str) -> torch.dtype:
     import torch
 
     if weights == "auto":
@@ -311,36 +314,26 @@ def _weights_name(model: SpanModel) -> str:
     return {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(model.dtype)]
 
 
-def _kv_bytes_per_token(model: SpanModel) -> int:
-    """From what a cache of a few tokens really takes: families differ in what they store."""
+def measure_tokens_per_s(model: SpanModel, backend: SpanBackend, *, num_steps: int = 7) -> float:
+    """Single-stream decoding speed of a span: the median of a few steps after a first one."""
     import torch
 
-    num_tokens = 4
-    cache = model.new_cache()
-    hidden = torch.zeros(1, num_tokens, model.hidden_size, dtype=model.dtype, device=model.device)
-    positions = torch.arange(num_tokens, device=model.device).unsqueeze(0)
-    with torch.inference_mode():
-        model(hidden, positions, cache=cache)
-    return max(cache.size_bytes // num_tokens, 1)
+    from swarm.server.engine.work import StepWork
+    from swarm.server.session_mirror import SequenceStep
 
-
-def measure_tokens_per_s(model: SpanModel, *, num_steps: int = 5) -> float:
-    """Single-stream decoding speed of a span: the median of a few steps after a short context."""
-    import torch
-
-    cache = model.new_cache()
+    session = (b"measure", 1)
     times_s: list[float] = []
-    with torch.inference_mode():
-        for position in range(num_steps + 1):
-            hidden = torch.zeros(1, 1, model.hidden_size, dtype=model.dtype, device=model.device)
-            positions = torch.full((1, 1), position, device=model.device)
-            started_s = time.perf_counter()
-            model(hidden, positions, cache=cache)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            times_s.append(time.perf_counter() - started_s)
-    median_s = sorted(times_s[1:])[num_steps // 2]
-    return round(1.0 / median_s, 2)
+    for position in range(num_steps + 1):
+        hidden = torch.zeros(1, model.hidden_size)
+        work = StepWork(session, model.span, [SequenceStep(0, 0, position, 1)], hidden, lambda output, error: None)
+        started_s = time.perf_counter()
+        (result,) = backend.run_steps([work])
+        if not isinstance(result, torch.Tensor):
+            raise result if isinstance(result, BaseException) else RuntimeError("an idle server has no room")
+        float(result.sum())  # waits for a GPU
+        times_s.append(time.perf_counter() - started_s)
+    backend.forget(session)
+    return round(1.0 / sorted(times_s[1:])[num_steps // 2], 2)
 
 
 def _with_port(host: str, port: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -81,9 +82,11 @@ class NodeService:
         )
         netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound_port = server.add_insecure_port(netloc)
+            bound_port: int = server.add_insecure_port(netloc)
         except RuntimeError as error:
-            raise AddressInUseError(f"can not listen on {netloc}: the port is taken or not yours; try --port 0") from error
+            raise AddressInUseError(
+                f"can not listen on {netloc}: the port is taken or not yours; try --port 0"
+            ) from error
         if bound_port == 0:
             raise AddressInUseError(f"can not listen on {netloc}: the port is taken or not yours; try --port 0")
         await server.start()
@@ -216,6 +219,8 @@ class NodeService:
             num_tokens=counters.num_tokens,
             num_failed_steps=counters.num_failed_steps,
             join_addresses=self._join_addresses(),
+            num_batches=counters.num_batches,
+            kv=node_pb2.KVUsage(**dataclasses.asdict(self._engine.kv_usage)),
         ).SerializeToString()
 
     async def _lookup(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
@@ -231,6 +236,4 @@ def _stateless_work(
 ) -> ForwardWork | BackwardWork:
     if num_tensors == 1:
         return ForwardWork(span=span, counts=counts, hidden=frame.tensor(0), on_done=on_done)
-    return BackwardWork(
-        span=span, counts=counts, hidden=frame.tensor(0), gradient=frame.tensor(1), on_done=on_done
-    )
+    return BackwardWork(span=span, counts=counts, hidden=frame.tensor(0), gradient=frame.tensor(1), on_done=on_done)

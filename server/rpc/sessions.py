@@ -22,9 +22,11 @@ from swarm.errors import (
     SessionStateError,
     SwarmError,
 )
+from swarm.kvcache.admission import AdmissionConfig
 from swarm.pb import session_pb2 as pb
 from swarm.server.engine.engine import Engine
 from swarm.server.engine.work import SessionKey, StepWork
+from swarm.server.rpc.admission_desk import AdmissionDesk
 from swarm.server.rpc.channels import ChannelPool
 from swarm.server.rpc.push import NextHop, PushStream
 from swarm.server.session_mirror import MirrorState, SequenceStep, SessionMirror, Verdict
@@ -60,17 +62,17 @@ class HostedModel:
 class SessionLimits:
     """Bounds that keep one client from harming others."""
 
-    max_sessions: int = 256
-    """Open sessions; one more is answered with BUSY."""
-    kv_tokens_total: int = 65536
-    """Positions, of all sessions together, that the KV memory holds."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    """Who may start a session, and who waits."""
+    default_expected_tokens: int = 256
+    """What a session is expected to use when it does not say."""
     detach_grace_s: float = 15.0
     """How long a session outlives a lost connection to its client."""
     push_timeout_s: float = 5.0
     """After this long without progress a push has failed and the client relays."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sessions", "kv_tokens_total", "detach_grace_s", "push_timeout_s"):
+        for name in ("default_expected_tokens", "detach_grace_s", "push_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"SessionLimits.{name} must be above 0")
 
@@ -122,6 +124,7 @@ class SessionTable:
         self._sessions: dict[bytes, ServerSession] = {}
         self._channels = ChannelPool()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._admission = AdmissionDesk(num_tokens_total=engine.num_tokens_total, config=limits.admission)
         self.is_draining = False
 
     @property
@@ -129,10 +132,9 @@ class SessionTable:
         return len(self._sessions)
 
     @property
-    def kv_tokens_free(self) -> int:
-        """Positions that still fit."""
-        used = sum(session.mirror.num_positions for session in self._sessions.values())
-        return max(self._limits.kv_tokens_total - used, 0)
+    def num_waiting(self) -> int:
+        """Sessions in the queue."""
+        return self._admission.num_waiting
 
     # -- open and close ------------------------------------------------------------------------
 
@@ -153,25 +155,34 @@ class SessionTable:
             opened.resumed = True
             opened.positions.extend(held.mirror.positions)
             opened.last_step = held.mirror.last_step
-            opened.kv_tokens_free = self.kv_tokens_free
+            opened.kv_tokens_free = self._engine.num_tokens_free
             return held, opened
         if held is not None:
             await self.close(held)
         if self.is_draining:
             raise PeerBusyError("this server is leaving and takes no new sessions", retry_after_s=30.0)
-        if len(self._sessions) >= self._limits.max_sessions:
-            raise PeerBusyError(f"{len(self._sessions)} sessions are open, the most this server takes")
+        mirror = SessionMirror(
+            epoch=request.epoch, max_length=request.max_length, max_sequences=request.max_sequences or 1
+        )
+
+        async def tell_position(position: int) -> None:
+            await send(encode_frame(pb.SessionReply(queued=pb.Queued(position=position))))
+
+        await self._admission.enter(
+            (request.session_id, request.epoch),
+            request.expected_tokens or self._limits.default_expected_tokens,
+            may_wait=request.may_wait,
+            tell_position=tell_position,
+        )
         session = ServerSession(
             session_id=request.session_id,
             span=Span(start=request.start, end=request.end),
-            mirror=SessionMirror(
-                epoch=request.epoch, max_length=request.max_length, max_sequences=request.max_sequences or 1
-            ),
+            mirror=mirror,
             push=self._new_push(request),
             send=send,
         )
         self._sessions[session.session_id] = session
-        opened.kv_tokens_free = self.kv_tokens_free
+        opened.kv_tokens_free = self._engine.num_tokens_free
         return session, opened
 
     def _check_open(self, request: pb.Open) -> None:
@@ -203,9 +214,7 @@ class SessionTable:
             if session is not None and session.mirror.epoch == request.epoch:
                 self._spawn(self._send_failure(session, PeerLostError(problem), step=session.mirror.last_step))
 
-        return PushStream(
-            next_hop, self._channels, timeout_s=self._limits.push_timeout_s, on_problem=tell_client
-        )
+        return PushStream(next_hop, self._channels, timeout_s=self._limits.push_timeout_s, on_problem=tell_client)
 
     def detach(self, session: ServerSession, send: SendToClient) -> None:
         """The client's connection is gone; keep the session for a while in case it comes back."""
@@ -219,6 +228,7 @@ class SessionTable:
         if self._sessions.get(session.session_id) is session:
             del self._sessions[session.session_id]
         self._engine.forget(session.key)
+        self._admission.leave(session.key)
         session.last = None
         if session.push is not None:
             await session.push.close()
@@ -262,8 +272,6 @@ class SessionTable:
         try:
             hidden_shape = self._check_tensor(frame)
             sequences = [SequenceStep(item.sequence, item.parent, item.start, item.count) for item in step.sequences]
-            if sum(item.count for item in sequences) > self.kv_tokens_free and session.mirror.last_step < step.step:
-                raise PeerBusyError(f"the KV memory holds {self.kv_tokens_free} more positions, fewer than asked for")
             verdict = session.mirror.judge(
                 epoch=step.epoch, step=step.step, sequences=sequences, num_rows=hidden_shape[0]
             )

@@ -38,17 +38,19 @@ class SessionRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
 
 class SessionReply(_message.Message):
-    __slots__ = ("opened", "result", "failure")
+    __slots__ = ("opened", "result", "failure", "queued")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     result: StepResult
     failure: Failure
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    queued: Queued
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol", "expected_tokens", "may_wait")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +61,8 @@ class Open(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     KV_POLICY_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAY_WAIT_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     model_hash: str
@@ -69,7 +73,15 @@ class Open(_message.Message):
     max_sequences: int
     kv_policy: str
     protocol: int
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+    expected_tokens: int
+    may_wait: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., may_wait: bool = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
 
 class NextHop(_message.Message):
     __slots__ = ("peer_id", "addresses")

@@ -1,0 +1,73 @@
+"""Lets sessions in: those who must wait are told their place until it is their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from swarm.errors import PeerBusyError
+from swarm.kvcache.admission import AdmissionConfig, AdmissionQueue
+from swarm.server.engine.work import SessionKey
+
+__all__ = ["AdmissionDesk"]
+
+_RETRY_AFTER_S = 2.0
+
+
+class AdmissionDesk:
+    """The admission queue with its waiting; lives on the event loop."""
+
+    def __init__(self, *, num_tokens_total: int, config: AdmissionConfig) -> None:
+        self._queue: AdmissionQueue[SessionKey] = AdmissionQueue(num_tokens_total=num_tokens_total, config=config)
+        self._changed: dict[SessionKey, asyncio.Event] = {}
+        self._admitted: set[SessionKey] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    async def enter(
+        self,
+        key: SessionKey,
+        num_tokens_expected: int,
+        *,
+        may_wait: bool,
+        tell_position: Callable[[int], Awaitable[None]],
+    ) -> None:
+        """Return once the session may start; the caller must `leave` it when it has ended.
+
+        Raises PeerBusyError when it may not wait, or the queue is full. A cancelled wait leaves nothing behind.
+        """
+        decision = self._queue.request(key, num_tokens_expected, may_wait=may_wait)
+        if decision.is_admitted:
+            return
+        if decision.position is None:
+            reason = "its queue is full" if may_wait else f"{self._queue.num_waiting} sessions wait already"
+            raise PeerBusyError(
+                f"the server is full and {reason}; try again in {_RETRY_AFTER_S:g} s",
+                retry_after_s=_RETRY_AFTER_S,
+                queue_position=self._queue.num_waiting + 1,
+            )
+        changed = self._changed[key] = asyncio.Event()
+        told: int | None = None
+        try:
+            while key not in self._admitted:
+                position = self._queue.positions()[key]
+                if position != told:
+                    told = position
+                    await tell_position(position)
+                    continue  # the turn may have come meanwhile
+                changed.clear()
+                await changed.wait()
+        except BaseException:
+            self.leave(key)
+            raise
+        finally:
+            self._changed.pop(key, None)
+            self._admitted.discard(key)
+
+    def leave(self, key: SessionKey) -> None:
+        """A session has ended; whoever fits now is let in. Harmless when repeated."""
+        self._admitted.update(self._queue.leave(key))
+        for changed in self._changed.values():
+            changed.set()
