@@ -1,0 +1,269 @@
+"""Builds any span of any causal LM from transformers' own classes, reading only its tensors.
+
+Idea: let the model's own decoder run, because it knows its masks, rotary embeddings and windows,
+but cut it to the blocks of the span and swap the hidden states at both ends. The decoder is called
+with a dummy `inputs_embeds`; a hook gives the first block the received hidden states instead, and
+another takes the last block's output, so whatever the decoder does before and after its blocks
+(embedding scales, final norm) has no effect.
+
+Letters in shapes: B batch, T new tokens, P positions in the cache before this call, H hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from swarm.datatypes import Span
+from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.models.anatomy import Anatomy, DummyInput, cut_config, derive_class, describe_architecture, keep_span
+from swarm.models.checkpoint import block_of_tensor
+from swarm.models.loading import load_model, model_class_of
+from swarm.models.progress import ProgressReporter
+from swarm.models.span_cache import SpanCache
+from swarm.models.support import layer_types_of, unsupported_reason
+
+if TYPE_CHECKING:
+    from swarm.models.source import ModelSource
+
+__all__ = ["SpanModel", "load_span"]
+
+logger = logging.getLogger(__name__)
+
+
+class SpanModel(nn.Module):
+    """Blocks [a, b) of a model, as one module from hidden states to hidden states.
+
+    In eval mode, without gradients for its parameters, differentiable with respect to its input.
+    Calls from several threads wait for each other.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, *, span: Span, layer_types: tuple[str, ...]) -> None:
+        """Not for callers; use `load_span`."""
+        super().__init__()
+        self.model = model
+        self.span = span
+        self.layer_types = layer_types
+        """The kind of attention of each block of the span ("full_attention", "sliding_attention", …)."""
+        # Outside the module registry: these are parts of self.model.
+        self.__dict__["_decoder"] = anatomy.decoder
+        self.__dict__["_blocks"] = anatomy.stack
+        self.__dict__["_stack_place"] = (anatomy.stack_owner._modules, anatomy.stack_name)
+        parameters = inspect.signature(anatomy.decoder.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._dummy_input = DummyInput()
+        self._lock = threading.Lock()
+        self.hidden_in: torch.Tensor | None = None
+        """Input of the call under way, for what stands in the place of a block."""
+        self.hidden_out: torch.Tensor | None = None
+        """Output of the call under way, once the last block has run."""
+        self.output_arity = 0
+        """How many values a block returns as a tuple; 0 when it returns the bare tensor. Known after a call."""
+        anatomy.stack[0].register_forward_pre_hook(self._feed_first_block, with_kwargs=True)
+        anatomy.stack[-1].register_forward_hook(self._take_last_output)
+
+    def __repr__(self) -> str:
+        return f"<SpanModel {self.architecture} blocks {self.span} {self.dtype} on {self.device}>"
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of this span: like the model's, but `num_hidden_layers` is the span's length."""
+        config: PreTrainedConfig = self.model.config.get_text_config(decoder=True)
+        return config
+
+    @property
+    def architecture(self) -> str:
+        """Transformers' name of the model type, for people."""
+        return describe_architecture(self.model.config)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks in the span."""
+        return len(self.span)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks themselves; modules inside with a `layer_idx` count from 0 at the span's start."""
+        blocks: nn.ModuleList = self.__dict__["_blocks"]
+        return blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention function in use ("sdpa", "eager", or one registered with transformers)."""
+        return str(self.config._attn_implementation)
+
+    @property
+    def supports_custom_attention(self) -> bool:
+        """Whether blocks call whatever function is registered under `attention` with AttentionInterface.
+
+        Families with attention code of their own (falcon, bloom, …) do not: they only run with a
+        SpanCache, one session at a time.
+        """
+        return bool(type(self.model)._can_set_attn_implementation())
+
+    def set_attention(self, name: str) -> None:
+        """Change the attention function: "sdpa", "eager", or a name registered with AttentionInterface.
+
+        Under a name that has no mask function registered beside it, no mask is built at all.
+
+        Raises:
+            UnsupportedModelError: the family does not let its attention be replaced, or not by this.
+        """
+        if name == self.attention:
+            return
+        if not self.supports_custom_attention:
+            raise UnsupportedModelError(
+                f"{self.architecture} has attention code of its own, so its attention stays {self.attention}"
+            )
+        try:
+            self.model.set_attn_implementation(name)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self.architecture} does not run with the attention {name}") from error
+
+    def new_cache(self) -> SpanCache:
+        """An empty cache for one call sequence."""
+        return SpanCache(self.layer_types)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        *,
+        cache: SpanCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the span's blocks.
+
+        Args:
+            hidden: [B, T, H], in the span's dtype and on its device.
+            position_ids: [B, T] int64, absolute positions. With a cache and no padding they continue
+                it: P, P + 1, … Families that take no positions (bloom) count from the cache instead.
+            cache: from `new_cache`; extended by T positions. None runs the T tokens by themselves.
+            attention_mask: [B, P + T], 1 for tokens and 0 for padding; None if there is no padding.
+
+        Returns:
+            [B, T, H], same dtype and device.
+        """
+        return self.forward_through(self.blocks, hidden, position_ids, cache=cache, attention_mask=attention_mask)
+
+    def forward_through(
+        self,
+        stack: nn.ModuleList,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        *,
+        cache: SpanCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, with `stack` in the place of the span's blocks (see `narrowed`)."""
+        arguments: dict[str, Any] = {"past_key_values": cache.kv} if cache is not None else {}
+        if self._takes_positions:
+            arguments["position_ids"] = position_ids
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        owner, name = self.__dict__["_stack_place"]
+        with self._lock:
+            self.hidden_in = hidden
+            owner[name] = stack
+            try:
+                self.__dict__["_decoder"](
+                    inputs_embeds=self._dummy_input(hidden),
+                    use_cache=cache is not None,
+                    **arguments,
+                )
+                output = self.hidden_out
+            finally:
+                self.hidden_in = self.hidden_out = None
+                owner[name] = self.blocks
+        assert output is not None, "the decoder did not run its last block"
+        return output
+
+    def _feed_first_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.hidden_in is None:  # someone calls a block by itself
+            return None
+        if args:
+            return (self.hidden_in, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.hidden_in}
+
+    def _take_last_output(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.hidden_out = output[0] if isinstance(output, tuple) else output
+        self.output_arity = len(output) if isinstance(output, tuple) else 0
+
+
+def load_span(
+    source: ModelSource,
+    span: Span,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    report: ProgressReporter | None = None,
+) -> SpanModel:
+    """Build blocks [a, b) of a model, fetching and reading only their tensors.
+
+    Args:
+        source: from `resolve_model`.
+        span: within [0, source.num_blocks).
+        dtype: of weights and hidden states.
+        attention: name of the attention function; None takes the best one that the family supports.
+        report: told about downloads and conversions.
+
+    Raises:
+        BadInputError: `span` reaches outside the model.
+        UnsupportedModelError: the architecture would be run wrongly; the message names it and says why.
+        ModelFilesError: files are missing or damaged, or lack tensors of these blocks.
+        DownloadError: files could not be fetched.
+    """
+    if span.end > source.num_blocks:
+        raise BadInputError(f"blocks {span} are outside {source.name}, which has blocks 0:{source.num_blocks}")
+    reason = unsupported_reason(source.config)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+
+    config = copy.deepcopy(source.config)
+    layer_types = layer_types_of(config)[span.start : span.end]
+    found: list[Anatomy] = []
+
+    def cut(model: PreTrainedModel) -> None:
+        found.append(keep_span(model, model.config.get_text_config(decoder=True), span))
+
+    cls = derive_class(model_class_of(config, AutoModelForCausalLM), cut)
+    model = load_model(
+        source,
+        cls,
+        config,
+        lambda name: block_of_tensor(name) in span,
+        dtype=dtype,
+        what=f"blocks {span}",
+        first_block=span.start,
+        report=report,
+    )
+    cut_config(model.config.get_text_config(decoder=True), span)
+    model.requires_grad_(False)
+    nn.Module.to(model, torch.device(device))
+    loaded = SpanModel(model, found[-1], span=span, layer_types=layer_types)
+    loaded.eval()
+    if attention is not None:
+        loaded.set_attention(attention)
+    return loaded
