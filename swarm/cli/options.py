@@ -1,0 +1,71 @@
+"""Arguments and options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from swarm.datatypes import Span
+from swarm.errors import BadInputError
+
+__all__ = [
+    "ExitWithParentOption",
+    "JoinOption",
+    "JsonOption",
+    "ModelArgument",
+    "OptionalJoinOption",
+    "VerboseOption",
+    "WaitTimeoutOption",
+    "parse_blocks",
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face id, a local folder, a GGUF file, or the built-in smollm2-135m-instruct.",
+        show_default=False,
+    ),
+]
+_JOIN_HELP = "Address of the swarm, as `swarm serve` prints it (/ip4/.../p2p/... or grpc://host:port)"
+JoinOption = Annotated[
+    list[str], typer.Option("--join", metavar="ADDRESS", help=f"{_JOIN_HELP}; may be repeated.", show_default=False)
+]
+OptionalJoinOption = Annotated[
+    list[str] | None,
+    typer.Option("--join", metavar="ADDRESS", help=f"{_JOIN_HELP}; may be repeated.", show_default=False),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, everything else on standard error.")
+]
+ExitWithParentOption = Annotated[
+    # For processes that the command line itself starts.
+    bool, typer.Option("--exit-with-parent", hidden=True, help="Leave when standard input ends.")
+]
+VerboseOption = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        help="Show what happens on standard error; twice for everything.",
+        show_default=False,
+        metavar="",
+    ),
+]
+WaitTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--wait-timeout", metavar="SECONDS", min=0.0, help="How long to wait for blocks that nobody serves yet."
+    ),
+]
+
+
+def parse_blocks(text: str) -> Span:
+    """`A:B` as the blocks from A up to but not including B. Raises BadInputError for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    if match is None:
+        raise BadInputError(f"--blocks {text} is not a span; give START:END, for example 0:10")
+    return Span(start=int(match[1]), end=int(match[2]))

@@ -1,0 +1,287 @@
+"""`swarm serve`: contribute this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli.failures import INTERRUPTED
+from swarm.cli.long_running import Orders, run_until_told, say_how_to_stop, wait_for_orders
+from swarm.cli.open_client import check_join_addresses
+from swarm.cli.options import (
+    ExitWithParentOption,
+    JsonOption,
+    ModelArgument,
+    OptionalJoinOption,
+    VerboseOption,
+    parse_blocks,
+)
+from swarm.cli.parent_watch import ParentWatch
+from swarm.cli.progress import TerminalProgress
+from swarm.cli.quietness import prepare_process
+from swarm.cli.terminal import json_only, print_json, results_console, say
+from swarm.errors import BadInputError
+
+if TYPE_CHECKING:
+    from swarm.datatypes import ServerInfo
+    from swarm.identity import Identity
+    from swarm.models import ModelSource
+    from swarm.server.node import Node, NodeConfig
+
+__all__ = ["serve"]
+
+_SHARING = "Sharing"
+_NETWORK = "Network"
+
+
+def serve(
+    model: ModelArgument,
+    join: OptionalJoinOption = None,
+    new_swarm: Annotated[
+        bool, typer.Option("--new-swarm", help="Start a swarm of its own, which others then join.")
+    ] = False,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            metavar="A:B",
+            help="Serve blocks A up to but not including B.",
+            show_default="those that the swarm lacks most",
+            rich_help_panel=_SHARING,
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--num-blocks",
+            metavar="N",
+            help="Serve N blocks, those that the swarm lacks most.",
+            show_default="all",
+            rich_help_panel=_SHARING,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to compute.", rich_help_panel=_SHARING)
+    ] = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="auto|fp32|bf16",
+            help="Precision of the weights; auto is bf16 on CUDA, fp32 elsewhere.",
+            rich_help_panel=_SHARING,
+        ),
+    ] = "auto",
+    kv: Annotated[
+        str,
+        typer.Option("--kv", metavar="none", help="How the KV cache is compressed.", rich_help_panel=_SHARING),
+    ] = "none",
+    kv_memory: Annotated[
+        str,
+        typer.Option("--kv-memory", metavar="SIZE", help="Memory for the KV cache.", rich_help_panel=_SHARING),
+    ] = "1GiB",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            help="CPU threads to compute with.",
+            show_default="one per core",
+            rich_help_panel=_SHARING,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Address to listen on.", rich_help_panel=_NETWORK)
+    ] = "0.0.0.0",
+    announce_host: Annotated[
+        str | None,
+        typer.Option(
+            "--announce-host",
+            metavar="HOST",
+            help="Name or address by which others reach this machine.",
+            show_default="found out",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="For clients and other servers; 0 picks a free one.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 0,
+    dht_port: Annotated[
+        int,
+        typer.Option(
+            "--dht-port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="For finding each other; 0 picks a free one.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 0,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            metavar="FILE",
+            help="Key file, made if missing; keeps this server's name the same over restarts.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            "--drain-timeout",
+            metavar="SECONDS",
+            min=0.0,
+            help="How long to let open sessions finish when leaving.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 60.0,
+    exit_with_parent: ExitWithParentOption = False,
+    json: JsonOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Contribute this machine: choose blocks, load them, announce them, and serve them until told to stop.
+
+    The first Ctrl-C (or SIGTERM) lets open sessions finish, a second one leaves at once.
+    """
+    parent = ParentWatch() if exit_with_parent else None
+    prepare_process(verbose, swarm_level=logging.WARNING)
+    with json_only(json):
+        join = join or []
+        _check_join_choice(join, new_swarm)
+        span = parse_blocks(blocks) if blocks is not None else None
+        with TerminalProgress() as progress:
+            progress.start("Loading libraries", None, "")
+            from swarm.models import resolve_model
+            from swarm.server.capacity import parse_memory_bytes
+            from swarm.server.node import NodeConfig
+
+            config = NodeConfig(
+                span=span,
+                num_blocks=num_blocks,
+                device=device,
+                weights=weights,
+                kv_policy=kv,
+                kv_memory_bytes=parse_memory_bytes(kv_memory),
+                host=host,
+                announce_host=announce_host,
+                port=port,
+                dht_port=dht_port,
+                join=join,
+                identity_path=identity,
+                drain_timeout_s=drain_timeout,
+                num_threads=threads,
+            )
+            own_identity = _open_identity(identity)
+            # Before the event loop: a download takes long, and ends at once on Ctrl-C here.
+            source = resolve_model(model, report=progress)
+        with own_identity:
+            run_until_told(lambda: _serve(source, own_identity, config, parent=parent, is_json=json))
+
+
+def _check_join_choice(join: list[str], new_swarm: bool) -> None:
+    if not join and not new_swarm:
+        raise BadInputError("which swarm? Pass --join ADDRESS to join one, or --new-swarm to start one")
+    if join and new_swarm:
+        raise BadInputError("--join and --new-swarm exclude each other; pass one of them")
+    check_join_addresses(join)
+
+
+def _open_identity(path: Path | None) -> Identity:
+    from swarm.identity import Identity
+
+    return Identity.load_or_create(path) if path is not None else Identity.generate()
+
+
+async def _serve(
+    source: ModelSource, identity: Identity, config: NodeConfig, *, parent: ParentWatch | None, is_json: bool
+) -> None:
+    from swarm.server.node import Node
+
+    orders = wait_for_orders(parent)
+    node = Node(source, identity, config)
+    with TerminalProgress() as progress:
+        progress.start("Joining the swarm", None, "")
+        await orders.unless_given(node.start(progress))
+    if is_json:
+        print_json(_ready_object(node))
+    else:
+        _print_banner(node, source)
+    await orders.first()
+    await _leave(node, orders, drain_timeout_s=config.drain_timeout_s)
+
+
+async def _leave(node: Node, orders: Orders, *, drain_timeout_s: float) -> None:
+    """Drain, unless told to leave at once before that is over."""
+    draining = asyncio.create_task(node.drain(), name="drain")
+    hurry = asyncio.create_task(orders.second(), name="hurry")
+    if not orders.parent_is_gone:
+        num_sessions = node.info.num_sessions
+        say(
+            f"Draining: taking no new sessions, waiting up to {drain_timeout_s:g} s for {num_sessions} open ones;"
+            " interrupt again to leave at once."
+            if num_sessions
+            else "Leaving."
+        )
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    if hurry.done() and not draining.done():
+        await node.leave()
+        with contextlib.suppress(asyncio.CancelledError):
+            draining.cancel()
+            await draining
+        if not orders.parent_is_gone:
+            raise typer.Exit(INTERRUPTED)
+    else:
+        hurry.cancel()
+        await draining
+
+
+def _ready_object(node: Node) -> dict[str, object]:
+    info = node.info
+    return {
+        "address": node.join_addresses()[0],
+        "peer_id": info.peer_id,
+        "model": info.model_name,
+        "start": info.span.start,
+        "end": info.span.end,
+        "weights": info.weights,
+        "kv_policy": info.kv_policy,
+        "kv_tokens_total": info.kv_tokens_total,
+        "grpc_address": _grpc_address(info),
+    }
+
+
+def _grpc_address(info: ServerInfo) -> str:
+    return f"grpc://{info.addresses[0]}"
+
+
+def _print_banner(node: Node, source: ModelSource) -> None:
+    info, address = node.info, node.join_addresses()[0]
+    lines = (
+        f"Serving {info.model_name}, blocks {info.span} of {source.num_blocks}: weights {info.weights}, KV policy"
+        f" {info.kv_policy}, room for {info.kv_tokens_total:,} tokens, {info.tokens_per_s:.0f} steps/s",
+        "",
+        "Another machine joins with",
+        f"  swarm serve {info.model_name} --join {address}",
+        "and anybody who reaches this one asks with",
+        f'  swarm generate {info.model_name} --join {_grpc_address(info)} --prompt "Hello!"',
+    )
+    console = results_console()
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    say_how_to_stop("lets open sessions finish and leaves")

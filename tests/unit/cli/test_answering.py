@@ -1,0 +1,97 @@
+"""What a prompt becomes before it is fed, and how much is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarm.cli.answering import Answer, AnswerSettings, encode_prompt
+from swarm.errors import BadInputError
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+
+def test_prompt_goes_into_the_chat_template(tmp_path: Path) -> None:
+    """A chat model answers a question only when it sees one in the form it was trained on."""
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    ids = encode_prompt(tokenizer, "Hi", is_raw=False)
+    assert tokenizer.decode(ids) == "<|user|>Hi<|end|>\n<|assistant|>"
+
+
+def test_raw_prompt_is_fed_as_it_is(tmp_path: Path) -> None:
+    """To let a model continue a text, nothing may stand around it."""
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", is_raw=True)) == "Hi"
+
+
+def test_without_template_the_prompt_is_raw(tmp_path: Path) -> None:
+    """Base models have no template, and work all the same."""
+    tokenizer = save_tiny_tokenizer(tmp_path, has_chat_template=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", is_raw=False)) == "Hi"
+
+
+def test_empty_prompt_is_refused(tmp_path: Path) -> None:
+    """Nothing to continue would fail far away, on a server."""
+    with pytest.raises(BadInputError, match="the prompt is empty"):
+        encode_prompt(save_tiny_tokenizer(tmp_path), " \n", is_raw=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_prompt", "max_positions", "expected"),
+    [
+        (None, 10, 4096, 256),
+        (None, 10, 100, 90),
+        (None, 10, None, 256),
+        (None, 200, 100, 1),  # refused later, in the model's own words
+        (500, 10, 100, 500),
+    ],
+)
+def test_default_length_gives_way_to_the_context(
+    asked: int | None, num_prompt: int, max_positions: int | None, expected: int
+) -> None:
+    """Nobody should be refused for a length they never asked for; what they did ask for is not cut in silence."""
+    settings = AnswerSettings(max_new_tokens=asked)
+    assert settings.new_tokens_after(num_prompt, max_positions) == expected
+
+
+def test_temperature_decides_between_greedy_and_sampling() -> None:
+    """0 must be greedy: transformers itself refuses a temperature of 0."""
+    assert AnswerSettings().generate_arguments()["do_sample"] is False
+    assert AnswerSettings(temperature=0.7).generate_arguments() == {"do_sample": True, "temperature": 0.7}
+
+
+def test_seed_makes_sampling_repeatable() -> None:
+    """The same seed must give the same answer again."""
+    settings = AnswerSettings(temperature=1.0, seed=5)
+    drawn = []
+    for _ in range(2):
+        settings.generate_arguments()
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1]
+
+
+def test_json_has_the_promised_shape() -> None:
+    """Scripts read this; its keys are promised to users."""
+    result = Answer(
+        prompt="p",
+        prompt_token_ids=[1, 2],
+        token_ids=[3],
+        text="t",
+        seconds_to_first_token=0.25,
+        tokens_per_s=4.0,
+        route=(),
+        num_failovers=0,
+    )
+    assert result.to_json("m") == {
+        "model": "m",
+        "prompt": "p",
+        "text": "t",
+        "prompt_token_ids": [1, 2],
+        "token_ids": [3],
+        "num_new_tokens": 1,
+        "seconds_to_first_token": 0.25,
+        "tokens_per_s": 4.0,
+        "route": [],
+        "failovers": 0,
+    }
