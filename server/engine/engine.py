@@ -7,13 +7,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from swarm.errors import PeerFaultError, SwarmError
+from swarm.server.engine.gathering import Gathering
 from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, plan_step
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
@@ -49,6 +50,10 @@ class SpanBackend(Protocol):
     def kv_usage(self) -> KVUsage:
         """Use of the KV memory; may be read from other threads."""
 
+    @property
+    def num_tokens_run(self) -> int:
+        """Tokens that were computed since start; those answered from memory took no time."""
+
     def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """Run one step of each of several sessions, oldest first; an error is that session's own."""
 
@@ -78,9 +83,12 @@ class _Job:
 
     work: StepWork
     is_decode: bool
+    arrived_s: float
     outputs: list[torch.Tensor] = field(default_factory=list)
     num_done: int = 0
     has_begun: bool = False
+    retry_at_s: float = float("-inf")
+    """Not before this time, since there was no memory for it."""
 
     @property
     def num_left(self) -> int:
@@ -121,13 +129,18 @@ class Engine:
         self._backend = backend
         self._config = config or SchedulerConfig()
         self._now_s = now_s
-        self._inbox: queue.SimpleQueue[StepWork | StatelessWork | SessionKey | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | StatelessWork | SessionKey | None] = queue.SimpleQueue()
         self._jobs: dict[SessionKey, deque[_Job]] = {}
         """Unfinished steps by session, sessions in the order in which they came to wait."""
-        self._stateless: deque[StatelessWork] = deque()
+        self._stateless: deque[tuple[StatelessWork, float]] = deque()
+        """Work and when it came."""
         self._sizer = ChunkSizer(self._config)
+        self._gathering: Gathering[SessionKey] = Gathering(self._config.gather_share)
         self._is_prefill_turn = True
         self._is_stopping = False
+        self._has_stopped = False
+        self._submitting = threading.Lock()
+        """Held while something enters the inbox, so that nothing enters after the last look into it."""
         self._thread = threading.Thread(target=self._run, name="swarm-engine", daemon=True)
         self.counters = EngineCounters()
 
@@ -151,35 +164,57 @@ class Engine:
         self._thread.start()
 
     def submit(self, work: StepWork | StatelessWork) -> None:
-        """Queue work; its on_done is called on the engine thread exactly once."""
-        self._inbox.put(work)
+        """Queue work; its on_done is called exactly once, on the engine thread, or here if that has ended."""
+        item: _Job | StatelessWork
+        if isinstance(work, StepWork):
+            is_decode = work.hidden.shape[0] <= self._config.decode_tokens
+            item = _Job(work, is_decode, arrived_s=self._now_s())
+        else:
+            item = work
+        with self._submitting:
+            if not self._has_stopped:
+                self._inbox.put(item)
+                return
+        _answer(work, None, PeerFaultError("the server is stopping"))
 
     def forget(self, session: SessionKey) -> None:
         """Drop a session: what it still has queued is answered with an error, its memory is freed."""
         self._inbox.put(session)
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread; work not yet run is answered with an error."""
+        """End the thread; work not yet run is answered with an error. Harmless when repeated."""
         self._inbox.put(None)
-        self._thread.join(timeout_s)
+        if self._thread.ident is None:
+            self._answer_all(PeerFaultError("the server is stopping"))
+        else:
+            self._thread.join(timeout_s)
 
     # -- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        is_blocked = False
-        while not self._is_stopping:
-            has_work = bool(self._jobs or self._stateless)
-            self._receive(wait_s=_RETRY_S if is_blocked else 0.0 if has_work else None)
+        wait_s: float | None = None
+        while True:
+            self._receive(wait_s=wait_s)
             if self._is_stopping:
                 break
-            if self._jobs:
-                is_blocked = not self._run_steps()
-            elif self._stateless:
-                self._run_stateless(self._stateless.popleft())
+            try:
+                wait_s = self._run_once()
+            except Exception:  # a bug of ours or a backend's must not leave clients waiting
+                logger.exception("the engine failed outside of a step")
+                for session in list(self._jobs):
+                    self._fail_session(session, PeerFaultError("the server failed"))
+                wait_s = None
+        self._answer_all(PeerFaultError("the server is stopping"))
+
+    def _answer_all(self, error: BaseException) -> None:
+        """The end: nothing enters the inbox any more, and everything queued gets an answer."""
+        with self._submitting:
+            self._has_stopped = True
+            self._receive(wait_s=0.0)
         for session in list(self._jobs):
-            self._fail_session(session, PeerFaultError("the server is stopping"))
-        for work in self._stateless:
-            work.on_done(None, PeerFaultError("the server is stopping"))
+            self._fail_session(session, error)
+        while self._stateless:
+            _answer(self._stateless.popleft()[0], None, error)
 
     def _receive(self, *, wait_s: float | None) -> None:
         """Take everything from the inbox, waiting for the first thing (None: for as long as it takes)."""
@@ -192,27 +227,47 @@ class Engine:
             is_first = False
             if item is None:
                 self._is_stopping = True
-            elif isinstance(item, StepWork):
-                is_decode = item.hidden.shape[0] <= self._config.decode_tokens
-                self._jobs.setdefault(item.session, deque()).append(_Job(item, is_decode))
+            elif isinstance(item, _Job):
+                self._gathering.arrived(item.work.session, now_s=item.arrived_s)
+                self._jobs.setdefault(item.work.session, deque()).append(item)
             elif isinstance(item, tuple):
                 self._fail_session(item, PeerFaultError("the session was closed"))
-                self._backend.forget(item)
             else:
-                self._stateless.append(item)
+                self._stateless.append((item, self._now_s()))
 
-    def _run_steps(self) -> bool:
-        """One engine step. False when nothing could run."""
-        jobs = [waiting[0] for waiting in self._jobs.values()]
+    def _run_once(self) -> float | None:
+        """One engine step; returns how long to wait for news before the next (None: until there are any)."""
+        now_s = self._now_s()
+        jobs = [waiting[0] for waiting in self._jobs.values() if waiting[0].retry_at_s <= now_s]
+        if self._stateless and (not jobs or now_s - self._stateless[0][1] > self._config.stateless_wait_s):
+            self._run_stateless(self._stateless.popleft()[0])
+        elif jobs:
+            is_decode_turn = any(job.is_decode for job in jobs) and not (
+                self._is_prefill_turn and any(not job.is_decode for job in jobs)
+            )
+            if is_decode_turn:
+                wait_s = self._gathering.wait_s(step_s=self._sizer.decode_step_s, now_s=now_s)
+                if wait_s > 0:
+                    return wait_s
+            self._run_steps(jobs, now_s)
+        if not self._jobs and not self._stateless:
+            return None
+        if self._stateless or any(waiting[0].retry_at_s <= now_s for waiting in self._jobs.values()):
+            return 0.0
+        return _RETRY_S
+
+    def _run_steps(self, jobs: Sequence[_Job], now_s: float) -> None:
+        """Run what the scheduler picks of these jobs."""
         shares = plan_step(
             [Candidate(job.num_left, job.is_decode) for job in jobs],
-            chunk_tokens=self._sizer.chunk_tokens(now_s=self._now_s()),
+            chunk_tokens=self._sizer.chunk_tokens(now_s=now_s),
             max_step_tokens=self._config.max_step_tokens,
             is_prefill_turn=self._is_prefill_turn,
+            chunk_multiple=self._config.chunk_multiple,
         )
         chosen = [jobs[share.index] for share in shares]
         parts = [jobs[share.index].part(share.num_tokens) for share in shares]
-        started_s = self._now_s()
+        num_run_before = self._backend.num_tokens_run
         try:
             results = self._backend.run_steps(parts)
         except Exception as error:
@@ -221,27 +276,20 @@ class Engine:
         ended_s = self._now_s()
         is_prefill = not chosen[0].is_decode
         self._is_prefill_turn = not is_prefill
-        num_tokens = sum(
-            part.hidden.shape[0] for part, result in zip(parts, results, strict=True) if isinstance(result, torch.Tensor)
-        )
-        if num_tokens:
-            self._sizer.record(
-                num_tokens=num_tokens, is_prefill=is_prefill, seconds=ended_s - started_s, now_s=ended_s
-            )
+        num_run = self._backend.num_tokens_run - num_run_before
+        if num_run:
+            self._sizer.record(num_tokens=num_run, is_prefill=is_prefill, seconds=ended_s - now_s, now_s=ended_s)
         self.counters.num_batches += 1
-        self.counters.num_tokens += num_tokens
-        self.counters.busy_s += ended_s - started_s
-        has_run = False
+        self.counters.busy_s += ended_s - now_s
         for job, part, result in zip(chosen, parts, results, strict=True):
             if isinstance(result, NotNow):
-                continue
-            has_run = True
-            if isinstance(result, BaseException):
+                job.retry_at_s = ended_s + _RETRY_S
+            elif isinstance(result, BaseException):
                 self.counters.num_failed_steps += 1
                 self._fail_session(job.work.session, _as_swarm_error(result))
             else:
+                self.counters.num_tokens += part.hidden.shape[0]
                 self._advance(job, part, result)
-        return has_run
 
     def _advance(self, job: _Job, part: StepWork, output: torch.Tensor) -> None:
         """Account for a part that has run; the step's last part answers it."""
@@ -255,12 +303,19 @@ class Engine:
         if waiting:
             self._jobs[job.work.session] = waiting  # at the end: sessions take turns
         self.counters.num_steps += 1
-        job.work.on_done(job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs), None)
+        if job.is_decode and not waiting:
+            self._gathering.answered(job.work.session, now_s=self._now_s())
+        _answer(job.work, job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs), None)
 
     def _fail_session(self, session: SessionKey, error: BaseException) -> None:
-        """Answer all of a session's queued steps: after a failed one the later ones can not be right."""
+        """Free a session and answer all its queued steps: after a failed one the later ones can not be right."""
+        self._gathering.forget(session)
+        try:
+            self._backend.forget(session)
+        except Exception:
+            logger.exception("a session's memory could not be freed")
         for job in self._jobs.pop(session, ()):
-            job.work.on_done(None, error)
+            _answer(job.work, None, error)
 
     def _run_stateless(self, work: StatelessWork) -> None:
         started_s = self._now_s()
@@ -268,10 +323,18 @@ class Engine:
             result = self._backend.run_stateless(work)
         except Exception as error:
             logger.warning("a stateless run failed: %s", error)
-            work.on_done(None, _as_swarm_error(error))
+            _answer(work, None, _as_swarm_error(error))
         else:
-            work.on_done(result, None)
+            _answer(work, result, None)
         self.counters.busy_s += self._now_s() - started_s
+
+
+def _answer(work: StepWork | StatelessWork, output: torch.Tensor | None, error: BaseException | None) -> None:
+    """Call on_done; whatever is wrong with one caller is not the others' problem."""
+    try:
+        work.on_done(output, error)
+    except Exception:
+        logger.exception("an answer could not be delivered")
 
 
 def _as_swarm_error(error: BaseException) -> BaseException:

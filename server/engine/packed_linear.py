@@ -71,7 +71,7 @@ def pack_large_linears(model: nn.Module, *, max_bytes: int) -> int:
     for module in chosen:
         packed = _pack(module.weight.detach())
         module.__class__ = _PackedLinear
-        module.packed = packed  # type: ignore[assignment]
+        module.packed = packed
     logger.info("%d matrices (%d MiB) have a packed copy", len(chosen), size_bytes >> 20)
     return len(chosen)
 

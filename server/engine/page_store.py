@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm.errors import BadInputError
-from swarm.kvcache.page_pool import PagePool
+from swarm.kvcache.page_pool import PageNumbers, PagePool
 from swarm.kvcache.page_table import PageCopy, PageTable
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class PageStore:
         targets = torch.tensor([copy.target for copy in copies], device=self._slab.device)
         pages.index_copy_(0, targets, pages.index_select(0, sources))
 
-    def save_pages(self, pages: Sequence[int]) -> torch.Tensor:
+    def save_pages(self, pages: PageNumbers) -> torch.Tensor:
         """A copy of whole pages in host memory, [pages, values of a page]."""
         wanted = torch.tensor(pages, device=self._slab.device)
         return self._slab.view(self.pool.num_pages, -1).index_select(0, wanted).cpu()
 
-    def load_pages(self, pages: Sequence[int], saved: torch.Tensor) -> None:
+    def load_pages(self, pages: PageNumbers, saved: torch.Tensor) -> None:
         """Fill pages with what `save_pages` returned."""
         targets = torch.tensor(pages, device=self._slab.device)
         self._slab.view(self.pool.num_pages, -1).index_copy_(0, targets, saved.to(self._slab.device))
@@ -114,6 +114,19 @@ class PageStore:
             self._slab.index_copy_(0, slots, rows)
         else:
             self._slab[:, : shape.values_per_token].index_copy_(0, slots, rows)
+
+    def gather(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of keys [S, Hk, n, Dk] and values [S, Hk, n, Dv] at token slots [S, n]."""
+        shape = self.shapes[layer]
+        num_heads = shape.num_kv_heads
+        rows = self._slab.index_select(0, slots.flatten())
+        keys, values = rows[:, : shape.values_per_token].split(
+            [num_heads * shape.key_dim, num_heads * shape.value_dim], dim=1
+        )
+        return (
+            keys.unflatten(1, (num_heads, -1)).unflatten(0, slots.shape).transpose(1, 2),
+            values.unflatten(1, (num_heads, -1)).unflatten(0, slots.shape).transpose(1, 2),
+        )
 
     def read(
         self, layer: int, pages: npt.NDArray[np.int64], run_pages: int, start: int, end: int

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from swarm.errors import BadInputError
+from swarm.errors import BadInputError, UnsupportedModelError
 from swarm.models.narrowed import narrow
+from swarm.server.engine.batched_decode import MAX_PADDED_TOKENS, make_groups
 from swarm.server.engine.engine import NotNow
 from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.page_store import KVShape, PageStore
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
 __all__ = ["RaggedBackend", "probe_shapes"]
 
 logger = logging.getLogger(__name__)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def probe_shapes(model: SpanModel) -> list[KVShape]:
     """What each layer of a span stores per token, from one pass over two zero tokens.
 
-    The model's attention must be ATTENTION_NAME. Raises KeyError when a layer never came to our attention.
+    The model's attention must be ATTENTION_NAME. Raises KeyError when a layer never came to our attention,
+    UnsupportedModelError when it sees other positions than its type says: a self-test is too short to notice.
     """
     probe = ShapeProbe()
     token = current_plan.set(probe)
@@ -53,6 +56,12 @@ def probe_shapes(model: SpanModel) -> list[KVShape]:
             model(hidden, torch.arange(2, device=model.device).unsqueeze(0))
     finally:
         current_plan.reset(token)
+    for layer, kind in enumerate(model.layer_types):
+        if (kind == "sliding_attention") != bool(probe.windows[layer]) or kind not in _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"{model.architecture} has a block of type {kind} whose attention function is given a window of "
+                f"{probe.windows[layer]} (0 is none)"
+            )
     return [probe.shapes[layer] for layer in range(model.num_layers)]
 
 
@@ -104,6 +113,10 @@ class RaggedBackend:
         )
         self.memory = SessionMemory(self.store, config)
         self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
+        self.attends_in_groups = model.device.type != "cpu"
+        """Whether decoding sequences share padded attention calls; see batched_decode.py."""
+        self.num_tokens_run = 0
+        """Tokens that were computed since start; what was known is not among them."""
 
     @property
     def num_tokens_total(self) -> int:
@@ -132,6 +145,8 @@ class RaggedBackend:
         protected: set[SessionKey] = set()
         for index, work in enumerate(works):
             try:
+                if work.hidden.dtype is not self._model.dtype:  # what is shared is keyed by what really runs
+                    work = replace(work, hidden=work.hidden.to(self._model.dtype))
                 items = self.memory.prepare(work, protected=protected)
             except Exception as error:  # the error is that session's own: the others go on
                 results[index] = error
@@ -163,6 +178,7 @@ class RaggedBackend:
                 continue
             output = prepared.complete(part)
             self.memory.record(prepared.work, prepared.items, output)
+            self.num_tokens_run += len(part)
             results.append(output)
         return results
 
@@ -171,7 +187,7 @@ class RaggedBackend:
         """Outputs [T, H], on the host, of all rows that must run."""
         hidden = rows[0] if len(rows) == 1 else torch.cat(list(rows))
         if not hidden.shape[0]:
-            return hidden.to(self._model.dtype)
+            return hidden
         model = self._part(span)
         hidden = hidden.to(device=model.device, dtype=model.dtype)
         plan, positions = self._plan(span, batch)
@@ -204,6 +220,10 @@ class RaggedBackend:
             slots=torch.from_numpy(np.concatenate(slots, axis=1)).to(device),
             first_layer=span.start - self._model.span.start,
         )
+        if self.attends_in_groups:
+            plan.groups = make_groups(
+                slices, page_tokens=self.store.page_tokens, device=device, max_padded_tokens=MAX_PADDED_TOKENS
+            )
         return plan, torch.from_numpy(np.concatenate(positions)).to(device).unsqueeze(0)
 
     def run_stateless(self, work: ForwardWork | BackwardWork) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from swarm.kvcache.page_table import PageTable
+from swarm.server.engine.batched_decode import DecodeGroup
 from swarm.server.engine.page_store import KVShape, PageStore
 
 __all__ = ["ATTENTION_NAME", "SequenceSlice", "ShapeProbe", "StepPlan", "current_plan", "register"]
@@ -45,6 +46,8 @@ class StepPlan:
     """[layers, T] token slots of the new tokens."""
     first_layer: int = 0
     """Layer of the loaded span that the tables' first row belongs to."""
+    groups: list[DecodeGroup] = field(default_factory=list)
+    """Slices of one token that attend in shared calls; the others attend one by one."""
     masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """Masks by slice and window, shared by the layers of a step."""
 
@@ -54,6 +57,8 @@ class ShapeProbe:
     """Learns what each layer stores, from one pass without pages."""
 
     shapes: dict[int, KVShape] = field(default_factory=dict)
+    windows: dict[int, int] = field(default_factory=dict)
+    """Positions each layer's queries see; 0 for all."""
 
 
 current_plan: ContextVar[StepPlan | ShapeProbe | None] = ContextVar("swarm_step_plan", default=None)
@@ -88,9 +93,12 @@ def ragged_attention(
     if not isinstance(plan, StepPlan):
         if plan is not None:
             plan.shapes[_layer_of(module)] = KVShape(key.shape[1], key.shape[-1], value.shape[-1])
+            plan.windows[_layer_of(module)] = kernel.window
         return kernel.attend(query, key, value, start=0).transpose(1, 2), None
     layer = _layer_of(module)
     plan.store.write(layer, plan.slots[layer - plan.first_layer], key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if plan.groups:
+        return _attend_with_groups(plan, layer, kernel, query, key, value).transpose(1, 2), None
     outputs = [_attend_slice(plan, index, layer, kernel, query, key, value) for index in range(len(plan.slices))]
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return packed.transpose(1, 2), None
@@ -99,6 +107,25 @@ def ragged_attention(
 def _layer_of(module: torch.nn.Module) -> int:
     layer: int = module.layer_idx  # type: ignore[assignment]
     return layer
+
+
+def _attend_with_groups(
+    plan: StepPlan, layer: int, kernel: _Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Outputs [1, Hq, T, Dv]: slices of one token in shared calls, the others one by one."""
+    packed = query.new_empty(1, query.shape[1], query.shape[2], value.shape[-1])
+    row = layer - plan.first_layer
+    for group in plan.groups:
+        keys, values = plan.store.gather(layer, group.slots(row, kernel.window))
+        newest = query[0].index_select(1, group.rows).transpose(0, 1).unsqueeze(2)
+        mask = group.visible(kernel.window)[:, None, None]
+        outputs = kernel.attend_masked(newest, keys, values, mask)
+        packed[0].index_copy_(1, group.rows, outputs.squeeze(2).transpose(0, 1))
+    for index, part in enumerate(plan.slices):
+        if part.end_row - part.first_row > 1 or part.start == 0:
+            outputs = _attend_slice(plan, index, layer, kernel, query, key, value)
+            packed[:, :, part.first_row : part.end_row] = outputs
+    return packed
 
 
 def _attend_slice(
@@ -165,7 +192,7 @@ class _Kernel:
     def attend_masked(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Queries [B, Hq, t, D] over keys [B, Hk, n, D] under a mask [t, n]: [B, Hq, t, Dv]."""
+        """Queries [B, Hq, t, D] over keys [B, Hk, n, D] under a mask [t, n] or [B, 1, 1, n]: [B, Hq, t, Dv]."""
         num_batch, num_heads, num_new, _ = query.shape
         num_kv_heads = key.shape[1]
         if self.softcap is None and self.sinks is None:
@@ -173,7 +200,7 @@ class _Kernel:
                 # The heads of a group see the same keys, so they can pose as queries of one head: no
                 # repeated keys, and about a third less time than enable_gqa on CPU.
                 grouped = query.reshape(num_batch, num_kv_heads, -1, query.shape[-1])
-                output = scaled_dot_product_attention(grouped, key, value, scale=self.scaling)
+                output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=self.scaling)
                 return output.reshape(num_batch, num_heads, 1, -1)
             return scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=self.scaling, enable_gqa=num_heads != num_kv_heads

@@ -29,12 +29,22 @@ class SchedulerConfig:
     """Time of a chunk beside decoders, as a multiple of a decoding step."""
     decoder_memory_s: float = 1.0
     """A session that decoded within this time is expected back, so chunks stay small."""
+    chunk_multiple: int = 16
+    """Chunks end at multiples of so many tokens, which should be whole pages: only those can be shared."""
+    stateless_wait_s: float = 2.0
+    """Training gets a turn after waiting this long, however many sessions there are."""
+
+    gather_share: float = 1.0
+    """Longest wait for sessions about to come back, as a multiple of a decoding step; see gathering.py."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_chunk_tokens <= self.max_step_tokens:
             raise ValueError("SchedulerConfig needs 1 <= min_chunk_tokens <= max_step_tokens")
-        if self.chunk_share <= 0 or self.decode_tokens < 1:
-            raise ValueError("SchedulerConfig.chunk_share and decode_tokens must be above 0")
+        for name in ("decode_tokens", "chunk_share", "chunk_multiple"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"SchedulerConfig.{name} must be above 0")
+        if self.gather_share < 0:
+            raise ValueError("SchedulerConfig.gather_share must not be negative; 0 never waits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,18 @@ class Share:
 
 
 def plan_step(
-    candidates: Sequence[Candidate], *, chunk_tokens: int, max_step_tokens: int, is_prefill_turn: bool
+    candidates: Sequence[Candidate],
+    *,
+    chunk_tokens: int,
+    max_step_tokens: int,
+    is_prefill_turn: bool,
+    chunk_multiple: int = 1,
 ) -> list[Share]:
     """What to run now, in the order of `candidates` (oldest first).
 
     Where both kinds wait, `is_prefill_turn` says whose turn it is. A chunk may be shared by several long
-    inputs. Something runs whenever something waits.
+    inputs; one that does not finish its input is a multiple of `chunk_multiple` where there is room for
+    that much. Something runs whenever something waits.
     """
     decoding = [index for index, candidate in enumerate(candidates) if candidate.is_decode]
     prefilling = [index for index, candidate in enumerate(candidates) if not candidate.is_decode]
@@ -69,9 +85,12 @@ def plan_step(
     chosen, room = (prefilling, min(chunk_tokens, max_step_tokens)) if runs_prefill else (decoding, max_step_tokens)
     shares: list[Share] = []
     for index in chosen:
-        num_tokens = min(candidates[index].num_tokens, room)
-        if num_tokens or candidates[index].num_tokens == 0 or not shares:
-            shares.append(Share(index, max(num_tokens, min(candidates[index].num_tokens, 1))))
+        wanted = candidates[index].num_tokens
+        num_tokens = min(wanted, room)
+        if runs_prefill and num_tokens < wanted and (num_tokens >= chunk_multiple or shares):
+            num_tokens -= num_tokens % chunk_multiple
+        if num_tokens or wanted == 0 or not shares:
+            shares.append(Share(index, max(num_tokens, min(wanted, 1))))
             room -= num_tokens
     return shares
 
@@ -94,6 +113,11 @@ class ChunkSizer:
             self._decode_step_s = _blend(self._decode_step_s, seconds)
             self._last_decode_s = now_s
 
+    @property
+    def decode_step_s(self) -> float:
+        """Usual time of a decoding step; 0 before the first."""
+        return self._decode_step_s or 0.0
+
     def chunk_tokens(self, *, now_s: float) -> int:
         """Tokens of the next chunk."""
         config = self.config
@@ -101,7 +125,7 @@ class ChunkSizer:
             return config.max_step_tokens
         if self._decode_step_s is None or self._prefill_token_s is None:
             return 4 * config.min_chunk_tokens
-        wanted = int(config.chunk_share * self._decode_step_s / self._prefill_token_s)
+        wanted = int(config.chunk_share * self._decode_step_s / max(self._prefill_token_s, 1e-9))
         return max(config.min_chunk_tokens, min(wanted, config.max_step_tokens))
 
 

@@ -14,8 +14,8 @@ import torch
 from swarm.errors import BadInputError, PeerBusyError, SessionStateError
 from swarm.models.narrowed import narrow
 from swarm.server.capacity import kv_tokens_that_fit
-from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.engine import NotNow
+from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.stateless import run_stateless
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 
@@ -36,6 +36,8 @@ class SequentialBackend:
         self._bytes_per_token = _cache_bytes_per_token(model)
         self.num_tokens_total = kv_tokens_that_fit(memory_bytes, self._bytes_per_token)
         self._num_tokens_used: dict[SessionKey, int] = {}
+        self.num_tokens_run = 0
+        """Tokens that were computed since start."""
         self._caches: dict[SessionKey, dict[int, SpanCache]] = {}
         self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
 
@@ -76,6 +78,7 @@ class SequentialBackend:
             try:
                 self._check_room(work)
                 results.append(self._run_step(work))
+                self.num_tokens_run += work.hidden.shape[0]
                 lengths = [cache.length for cache in self._caches[work.session].values()]
                 self._num_tokens_used[work.session] = sum(lengths)
             except Exception as error:  # the error is that session's own: the others go on

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm.errors import PeerBusyError, SessionStateError
-from swarm.kvcache.page_table import PageTable, pages_for
-from swarm.kvcache.prefix_index import PrefixEntry, PrefixIndex, PrefixTrail
+from swarm.kvcache.page_table import PageTable
 from swarm.server.engine.engine import NotNow
-from swarm.server.engine.kv_usage import KVUsage
+from swarm.server.engine.kv_usage import KVUsage, measure_usage
 from swarm.server.engine.page_store import PageStore
+from swarm.server.engine.prefix_sharing import PrefixSharing, Trail
+from swarm.server.engine.spilling import SpilledPages, count_pages, restore_pages, spill_pages
 from swarm.server.engine.work import SessionKey, StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -41,11 +42,13 @@ class MemoryConfig:
     """Host memory for sessions that make room for others."""
     idle_after_s: float = 3.0
     """A session without work for this long makes room before those that are busy."""
+    close_after_s: float = 600.0
+    """A session without work for this long is closed when host memory is full too; its client replays it."""
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
             raise ValueError(f"MemoryConfig.page_tokens is {self.page_tokens}; give 1 or more")
-        for name in ("prefix_memory_bytes", "spill_memory_bytes", "idle_after_s"):
+        for name in ("prefix_memory_bytes", "spill_memory_bytes", "idle_after_s", "close_after_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"MemoryConfig.{name} must not be negative")
 
@@ -53,11 +56,12 @@ class MemoryConfig:
 @dataclass
 class _Sequence:
     table: PageTable
-    trail: PrefixTrail[torch.Tensor]
+    trail: Trail
 
 
 @dataclass
 class _Session:
+    key: SessionKey
     span: Span
     number: int
     """Rises with every session: who came first makes room last."""
@@ -65,14 +69,19 @@ class _Session:
     last_used_s: float = 0.0
     has_forked: bool = False
     """The forks of the step at hand are made; it waits for room."""
-    spilled: dict[int, tuple[int, torch.Tensor]] | None = None
-    """Length and pages of each sequence while the session is in host memory."""
+    spilled: SpilledPages | None = None
+    """What the sequences hold while the session is in host memory; their tables are empty then."""
 
-    def num_pages(self) -> int:
-        return sum(held.table.num_pages * held.table.num_layers for held in self.sequences.values())
+    @property
+    def tables(self) -> dict[int, PageTable]:
+        return {number: held.table for number, held in self.sequences.items()}
+
+    @property
+    def holds_pages(self) -> bool:
+        return any(held.table.num_pages for held in self.sequences.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PreparedItem:
     """One sequence's part of a step, with pages for all of its tokens."""
 
@@ -94,9 +103,11 @@ class SessionMemory:
         self._now_s = now_s
         self._sessions: dict[SessionKey, _Session] = {}
         self._num_created = 0
-        self._index: PrefixIndex[torch.Tensor] = PrefixIndex(max_bytes=config.prefix_memory_bytes)
+        self._prefixes = PrefixSharing(store, max_bytes=config.prefix_memory_bytes)
         self.spilled_bytes = 0
         self.num_spills = 0
+        self.num_closed = 0
+        """Sessions that were closed to make room."""
         self.num_tokens_shared = 0
         """Tokens that were found in the index instead of being run."""
         self.usage = KVUsage(total_bytes=store.pool.num_pages * store.page_bytes)
@@ -113,15 +124,16 @@ class SessionMemory:
     def prepare(self, work: StepWork, *, protected: Collection[SessionKey]) -> list[PreparedItem] | NotNow:
         """Bring every named sequence to its start, find what is known of the new tokens, take pages for the rest.
 
-        `protected` are sessions of the same batch, which make no room. Raises PeerBusyError when the step
-        could never fit, SessionStateError when it continues what is not held.
+        `work.hidden` is on the host, in the model's dtype. `protected` are sessions of the same batch, which make
+        no room. Raises PeerBusyError when the step could never fit, SessionStateError when it continues what is
+        not held; the session should be forgotten then.
         """
         session = self._sessions.get(work.session)
         if session is None:
             self._num_created += 1
-            session = self._sessions[work.session] = _Session(work.span, self._num_created)
+            session = self._sessions[work.session] = _Session(work.session, work.span, self._num_created)
         session.last_used_s = self._now_s()
-        if session.spilled is not None and not self._restore(work.session, session, protected):
+        if session.spilled is not None and not self._restore(session, session.spilled, protected):
             return NotNow("the session's pages are in host memory and there is no room for them yet")
         if not session.has_forked:
             self._fork(session, work.sequences)
@@ -130,35 +142,32 @@ class SessionMemory:
         wanted = sum(
             session.sequences[item.sequence].table.pages_wanted(item.start + item.count) for item in work.sequences
         )
-        if wanted > self._store.pool.num_pages:
-            raise PeerBusyError(
-                f"the step needs {wanted} pages of KV memory, all of this server is {self._store.pool.num_pages}"
-            )
-        if not self._make_room(wanted, work.session, session, protected):
+        if wanted > self._store.pool.num_free and not self._make_room(wanted, session, protected):
+            self._check_others(session, wanted)
             return NotNow("the KV memory is full")
         prepared: list[PreparedItem] = []
-        for item in work.sequences:
+        for item, outputs in zip(work.sequences, known, strict=True):
             table = session.sequences[item.sequence].table
             self._store.copy_pages(table.grow(item.start + item.count))
-            outputs = known[item.sequence]
             prepared.append(PreparedItem(item, table, outputs, len(outputs) * self._config.page_tokens))
         session.has_forked = False
         return prepared
 
     def _new_sequence(self, span: Span) -> _Sequence:
-        root = self._index.root(str(span))
-        return _Sequence(
-            self._store.new_table(len(span)), PrefixTrail(root, page_tokens=self._config.page_tokens)
-        )
+        return _Sequence(self._store.new_table(len(span)), self._prefixes.new_trail(span))
 
     def _fork(self, session: _Session, items: Sequence[SequenceStep]) -> None:
         """Make all forks of a step, reading every parent before any sequence changes."""
-        forks: dict[int, _Sequence] = {}
         for item in items:
             parent = session.sequences.get(item.parent)
             held = parent.table.length if parent is not None else 0
             if item.start > held:
-                raise SessionStateError(f"sequence {item.parent} holds {held} positions, not {item.start}")
+                raise SessionStateError(
+                    f"sequence {item.parent} holds {held} positions here, not {item.start}; send the session again"
+                )
+        forks: dict[int, _Sequence] = {}
+        for item in items:
+            parent = session.sequences.get(item.parent)
             if parent is not None and item.parent != item.sequence:
                 trail = parent.trail.copy()
                 trail.rewind(item.start)
@@ -172,66 +181,40 @@ class SessionMemory:
             elif replaced is None:
                 session.sequences[item.sequence] = self._new_sequence(session.span)
 
-    def _rewind_and_match(self, session: _Session, work: StepWork) -> dict[int, list[torch.Tensor]]:
-        """Outputs of leading pages that are in the index, per sequence; those pages are adopted."""
-        known: dict[int, list[torch.Tensor]] = {}
+    def _rewind_and_match(self, session: _Session, work: StepWork) -> list[list[torch.Tensor]]:
+        """Outputs of leading pages that are in the index, per named sequence; those pages are adopted."""
+        known: list[list[torch.Tensor]] = []
         row = 0
         for item in work.sequences:
             held = session.sequences[item.sequence]
             held.table.rewind(item.start)
             held.trail.rewind(item.start)
-            known[item.sequence] = self._match(held, work.hidden[row : row + item.count])
+            known.append(self._prefixes.match(held.table, held.trail, work.hidden[row : row + item.count]))
             row += item.count
         return known
 
-    def _match(self, held: _Sequence, hidden: torch.Tensor) -> list[torch.Tensor]:
-        page_tokens = self._config.page_tokens
-        outputs: list[torch.Tensor] = []
-        if not len(self._index) or held.trail.is_broken or held.trail.length % page_tokens:
-            return outputs
-        for first in range(0, hidden.shape[0] - page_tokens + 1, page_tokens):
-            digest = self._index.extend(held.trail.last, _content(hidden[first : first + page_tokens]))
-            entry = self._index.find(digest)
-            if entry is None:
-                break
-            held.table.adopt_page(entry.pages)
-            held.trail.skip_page(digest)
-            outputs.append(entry.outputs)
-        if outputs:
-            self._index.touch(held.trail.digests)
-        return outputs
+    def _check_others(self, session: _Session, num_pages: int) -> None:
+        """Waiting helps only while somebody else holds pages."""
+        if not any(other.holds_pages for other in self._sessions.values() if other is not session):
+            pool = self._store.pool
+            raise PeerBusyError(
+                f"the step needs {num_pages} more pages of KV memory, and its own session holds all but "
+                f"{pool.num_free} of the {pool.num_pages} here; use a shorter context or a server with more KV memory"
+            )
 
     # -- after a step --------------------------------------------------------------------------
 
     def record(self, work: StepWork, prepared: Sequence[PreparedItem], outputs: torch.Tensor) -> None:
         """Remember what a step's tokens were and gave, page by page; `outputs` [T, H] on the host."""
-        self.num_tokens_shared += sum(part.num_known for part in prepared)
-        if not self._config.prefix_memory_bytes:
-            return
         session = self._sessions[work.session]
         row = 0
         for part in prepared:
+            self.num_tokens_shared += part.num_known
             held = session.sequences[part.item.sequence]
-            if not held.trail.is_broken:
-                for token in range(row + part.num_known, row + part.item.count):
-                    content = _content(work.hidden[token : token + 1])
-                    page = held.trail.append(content, outputs[token].clone())
-                    if page is not None:
-                        self._index_page(held, *page)
+            new = slice(row + part.num_known, row + part.item.count)
+            start = part.item.start + part.num_known
+            self._prefixes.record(held.table, held.trail, start, work.hidden[new], outputs[new])
             row += part.item.count
-
-    def _index_page(self, held: _Sequence, content: bytes, outputs: list[torch.Tensor]) -> None:
-        digest = self._index.extend(held.trail.last, content)
-        held.trail.close_page(digest)
-        if self._index.find(digest) is not None:
-            return
-        number = len(held.trail.digests) - 1
-        pages = [int(page) for page in held.table.pages[:, number]]
-        stacked = torch.stack(outputs)
-        self._store.pool.share(pages)
-        size_bytes = stacked.numel() * stacked.element_size()
-        for entry in self._index.insert(digest, PrefixEntry(pages, stacked, size_bytes)):
-            self._store.pool.release(entry.pages)
 
     def forget(self, key: SessionKey) -> None:
         """Give a session's pages back; harmless when there are none."""
@@ -244,119 +227,124 @@ class SessionMemory:
 
     def update_free(self) -> None:
         """Recount what is free and used; called after each engine step."""
-        num_layers = self._store.num_layers
-        num_pages = self._store.pool.num_free + sum(len(entry.pages) for entry in self._index if self._is_unused(entry))
-        self.num_tokens_free = num_pages // num_layers * self._config.page_tokens
-        self.usage = self._measure_usage(self._store.pool.num_pages - num_pages)
-
-    def _measure_usage(self, num_used: int) -> KVUsage:
-        """`num_used`: pages that sessions hold."""
-        page_bytes, page_tokens = self._store.page_bytes, self._config.page_tokens
-        tables = [held.table for session in self._sessions.values() for held in session.sequences.values()]
-        num_owned = sum(table.num_pages * table.num_layers for table in tables)
-        # Of a last page that several hold, only what none of them fills is wasted.
-        filled: dict[int, tuple[int, int]] = {}
-        for table in tables:
-            if table.num_pages:
-                page = int(table.pages[0, -1])
-                num_filled = table.length - (table.num_pages - 1) * page_tokens
-                filled[page] = (max(num_filled, filled.get(page, (0, 0))[0]), table.num_layers)
-        num_empty = sum((page_tokens - num_filled) * num_layers for num_filled, num_layers in filled.values())
-        return KVUsage(
-            total_bytes=self._store.pool.num_pages * page_bytes,
-            used_bytes=num_used * page_bytes,
-            wasted_bytes=num_empty * page_bytes // page_tokens,
-            shared_bytes=max(num_owned - num_used, 0) * page_bytes,
+        pool = self._store.pool
+        num_free = pool.num_free + pool.num_reclaimable
+        self.num_tokens_free = num_free // self._store.num_layers * self._config.page_tokens
+        self.usage = measure_usage(
+            [held.table for session in self._sessions.values() for held in session.sequences.values()],
+            num_pages_total=pool.num_pages,
+            num_pages_used=pool.num_pages - num_free,
+            page_tokens=self._config.page_tokens,
+            page_bytes=self._store.page_bytes,
             num_tokens_shared=self.num_tokens_shared,
             num_spills=self.num_spills,
         )
 
     # -- room ----------------------------------------------------------------------------------
 
-    def _is_unused(self, entry: PrefixEntry[torch.Tensor]) -> bool:
-        """Whether only the index holds an entry's pages."""
-        return self._store.pool.num_owners(entry.pages[0]) == 1
+    def _idle_s(self, session: _Session) -> float:
+        return self._now_s() - session.last_used_s
 
-    def _make_room(
-        self, num_pages: int, key: SessionKey, session: _Session, protected: Collection[SessionKey]
-    ) -> bool:
-        """Have `num_pages` free: first prefixes nobody uses go, then idle sessions, then younger ones."""
+    def _make_room(self, num_pages: int, session: _Session, protected: Collection[SessionKey]) -> bool:
+        """Have `num_pages` free: first prefixes nobody uses go, then idle sessions, then younger ones.
+
+        They go to host memory. When that is full, sessions idle for long are closed; and so that not everybody
+        waits for everybody, the longest-standing busy session may close what else is in its way.
+        """
         pool = self._store.pool
-        if pool.num_free < num_pages and len(self._index):
-            for entry in self._index.evict(self._is_unused, len(self._index)):
-                pool.release(entry.pages)
-        if pool.num_free >= num_pages:
-            return True
-        for victim_key, victim in self._victims(key, session, protected):
-            self._spill(victim_key, victim)
-            for entry in self._index.evict(self._is_unused, len(self._index)):
-                pool.release(entry.pages)
+        self._prefixes.reclaim(num_pages - pool.num_free)
+        victims = self._victims(session, protected) if pool.num_free < num_pages else []
+        unmoved: list[_Session] = []
+        for victim in victims:
+            if self._spill(victim):
+                self._prefixes.reclaim(num_pages - pool.num_free)
+            else:
+                unmoved.append(victim)
             if pool.num_free >= num_pages:
-                return True
-        return False
+                break
+        for victim in unmoved:
+            if pool.num_free >= num_pages:
+                break
+            if self._idle_s(victim) > self._config.close_after_s or self._is_first(session):
+                self._close(victim)
+                self._prefixes.reclaim(num_pages - pool.num_free)
+        return pool.num_free >= num_pages
 
-    def _victims(
-        self, key: SessionKey, session: _Session, protected: Collection[SessionKey]
-    ) -> list[tuple[SessionKey, _Session]]:
+    def _victims(self, session: _Session, protected: Collection[SessionKey]) -> list[_Session]:
         """Sessions that may make room: idle ones, longest idle first, then those younger than `session`."""
-        now_s = self._now_s()
-        others = [
-            (other_key, other)
-            for other_key, other in self._sessions.items()
-            if other_key != key and other_key not in protected and other.spilled is None and other.sequences
-        ]
-        idle = [entry for entry in others if now_s - entry[1].last_used_s > self._config.idle_after_s]
-        idle.sort(key=lambda entry: entry[1].last_used_s)
-        busy = [entry for entry in others if entry not in idle and entry[1].number > session.number]
-        busy.sort(key=lambda entry: -entry[1].number)
+        idle: list[_Session] = []
+        busy: list[_Session] = []
+        for other in self._sessions.values():
+            if other is session or other.key in protected or not other.holds_pages:
+                continue
+            if self._idle_s(other) > self._config.idle_after_s:
+                idle.append(other)
+            elif other.number > session.number:
+                busy.append(other)
+        idle.sort(key=lambda other: other.last_used_s)
+        busy.sort(key=lambda other: -other.number)
         return idle + busy
 
-    def _spill(self, key: SessionKey, session: _Session) -> None:
-        """Move a session's pages to host memory, if there is any left for it."""
-        size_bytes = session.num_pages() * self._store.page_bytes
-        if self.spilled_bytes + size_bytes > self._config.spill_memory_bytes:
-            return
-        session.spilled = {}
-        for number, held in session.sequences.items():
-            length = held.table.length
-            session.spilled[number] = (length, self._store.save_pages(held.table.owned_pages()))
-            held.table.free()
-        self.spilled_bytes += size_bytes
-        self.num_spills += 1
-        logger.info("session %s moved to host memory, %d bytes", key[0].hex()[:8], size_bytes)
-
-    def _restore(self, key: SessionKey, session: _Session, protected: Collection[SessionKey]) -> bool:
-        """Move a session's pages back; False when there is no room."""
-        assert session.spilled is not None
-        num_pages = sum(
-            pages_for(length, self._config.page_tokens) * session.sequences[number].table.num_layers
-            for number, (length, _) in session.spilled.items()
+    def _is_first(self, session: _Session) -> bool:
+        """Whether no busy session came before this one."""
+        return not any(
+            other.number < session.number and self._idle_s(other) <= self._config.idle_after_s
+            for other in self._sessions.values()
         )
-        if not self._make_room(num_pages, key, session, protected):
+
+    def _spill(self, session: _Session) -> bool:
+        """Move a session's pages to host memory; False when that is full."""
+        size_bytes = count_pages(session.tables) * self._store.page_bytes
+        if size_bytes > self._config.spill_memory_bytes:
             return False
-        for number, (length, saved) in session.spilled.items():
-            table = session.sequences[number].table
-            table.grow(length)
-            self._store.load_pages(table.owned_pages(), saved)
+        if self.spilled_bytes + size_bytes > self._config.spill_memory_bytes:
+            self._close_spilled(self.spilled_bytes + size_bytes - self._config.spill_memory_bytes)
+            if self.spilled_bytes + size_bytes > self._config.spill_memory_bytes:
+                return False
+        session.spilled = spill_pages(self._store, session.tables)
+        self.spilled_bytes += session.spilled.size_bytes
+        self.num_spills += 1
+        logger.info("session %s moved to host memory, %d bytes", session.key[0].hex()[:8], size_bytes)
+        return True
+
+    def _close_spilled(self, num_bytes: int) -> None:
+        """Free `num_bytes` of host memory by closing sessions idle for long, longest first, or as much as they have."""
+        old = [
+            session
+            for session in self._sessions.values()
+            if session.spilled is not None and self._idle_s(session) > self._config.close_after_s
+        ]
+        goal_bytes = self.spilled_bytes - num_bytes
+        for session in sorted(old, key=lambda session: session.last_used_s):
+            if self.spilled_bytes <= goal_bytes:
+                break
+            self._close(session)
+
+    def _close(self, session: _Session) -> None:
+        """Drop a session: its next step is answered with SessionStateError, and the client replays."""
+        logger.warning("session %s closed to make room", session.key[0].hex()[:8])
+        self.num_closed += 1
+        self.forget(session.key)
+
+    def _restore(self, session: _Session, spilled: SpilledPages, protected: Collection[SessionKey]) -> bool:
+        """Move a session's pages back; False when there is no room."""
+        if not self._make_room(spilled.num_pages, session, protected):
+            self._check_others(session, spilled.num_pages)
+            return False
+        restore_pages(self._store, spilled, session.tables)
         self._drop_spilled(session)
         return True
 
     def _drop_spilled(self, session: _Session) -> None:
         if session.spilled is not None:
-            self.spilled_bytes -= sum(
-                saved.shape[0] * self._store.page_bytes for _, saved in session.spilled.values()
-            )
+            self.spilled_bytes -= session.spilled.size_bytes
             session.spilled = None
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page has exactly the owners it should have."""
-        owners = [held.table.owned_pages() for session in self._sessions.values() for held in session.sequences.values()]
-        self._store.pool.check_integrity([*owners, *(entry.pages for entry in self._index)])
-        spilled = [saved for session in self._sessions.values() for _, saved in (session.spilled or {}).values()]
-        assert self.spilled_bytes == sum(saved.shape[0] for saved in spilled) * self._store.page_bytes
-        assert self._index.size_bytes == sum(entry.size_bytes for entry in self._index)
-
-
-def _content(hidden: torch.Tensor) -> bytes:
-    """What the server received, [T, H] on the host, as bytes."""
-    return hidden.contiguous().view(torch.uint8).numpy().tobytes()
+        sessions = self._sessions.values()
+        owners = [held.table.owned_pages() for session in sessions for held in session.sequences.values()]
+        self._store.pool.check_integrity(owners, self._prefixes.kept_pages())
+        spilled = [session.spilled for session in sessions if session.spilled is not None]
+        assert self.spilled_bytes == sum(pages.size_bytes for pages in spilled)
+        assert not any(session.spilled is not None and session.holds_pages for session in sessions)

@@ -5,13 +5,12 @@ Every layer has its own row of pages, because compressed policies let layers hol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from swarm.kvcache.page_pool import PagePool
+from swarm.kvcache.page_pool import OutOfPagesError, PagePool
 
 __all__ = ["PageCopy", "PageTable", "pages_for"]
 
@@ -46,7 +45,7 @@ class PageTable:
 
     @property
     def num_layers(self) -> int:
-        return self._table.shape[0]
+        return int(self._table.shape[0])
 
     @property
     def num_pages(self) -> int:
@@ -67,7 +66,7 @@ class PageTable:
         """Whether growing writes into a last page that others hold too."""
         if length <= self.length or self.length % self._page_tokens == 0:
             return False
-        return any(self._pool.num_owners(int(page)) > 1 for page in self._table[:, self._num_pages - 1])
+        return self._pool.has_shared(self._table[:, self._num_pages - 1])
 
     def grow(self, length: int) -> list[PageCopy]:
         """Hold `length` positions; returns the copies to make before writing.
@@ -80,7 +79,7 @@ class PageTable:
         copies_last = self._last_is_shared(length)
         wanted = (max(num_new, 0) + copies_last) * self.num_layers
         if wanted > self._pool.num_free:
-            self._pool.allocate(wanted)  # raises before anything is taken
+            raise OutOfPagesError(f"{wanted} pages are wanted, {self._pool.num_free} are free")
         copies = self._own_last_page() if copies_last else []
         if num_new > 0:
             self._append_pages(num_new)
@@ -125,15 +124,21 @@ class PageTable:
         is_next = np.diff(pages, axis=1) == 1
         self.first_breaks = 1 + np.where(is_next.all(axis=1), self._num_pages - 1, is_next.argmin(axis=1))
 
-    def adopt_page(self, pages: Sequence[int]) -> None:
-        """Continue with one full page per layer that others hold too; the table must end at a page's end."""
+    def adopt(self, pages: npt.NDArray[np.int64], length: int) -> None:
+        """Continue with pages [layers, pages] that others hold too, and hold `length` positions then.
+
+        Raises ValueError unless the table ends at a page's end and the pages are as many as that takes.
+        """
         if self.length % self._page_tokens:
-            raise ValueError(f"a page can not be adopted at position {self.length}, within another page")
-        self._pool.share(pages)
-        self._reserve_columns(self._num_pages + 1)
-        self._table[:, self._num_pages] = pages
-        self._num_pages += 1
-        self.length += self._page_tokens
+            raise ValueError(f"pages can not be adopted at position {self.length}, within another page")
+        num_pages = self._num_pages + pages.shape[1]
+        if pages.shape[0] != self.num_layers or num_pages != pages_for(length, self._page_tokens):
+            raise ValueError(f"pages {pages.shape} do not bring a table of {self.length} positions to {length}")
+        self._pool.share(pages.ravel())
+        self._reserve_columns(num_pages)
+        self._table[:, self._num_pages : num_pages] = pages
+        self._num_pages = num_pages
+        self.length = length
         self._find_breaks()
 
     def rewind(self, length: int) -> None:
@@ -142,7 +147,7 @@ class PageTable:
             raise ValueError(f"can not rewind from {self.length} to {length} positions")
         keep = pages_for(length, self._page_tokens)
         if keep < self._num_pages:
-            self._pool.release(int(page) for page in self._table[:, keep : self._num_pages].flat)
+            self._pool.release(self._table[:, keep : self._num_pages].ravel())
             self._num_pages = keep
             self._find_breaks()
         self.length = length
@@ -157,7 +162,7 @@ class PageTable:
         twin._num_pages = keep
         twin.length = length
         twin._find_breaks()
-        self._pool.share(int(page) for page in twin.pages.flat)
+        self._pool.share(twin.pages.ravel())
         return twin
 
     def free(self) -> None:
@@ -171,6 +176,6 @@ class PageTable:
         slots: npt.NDArray[np.int64] = pages * self._page_tokens + positions % self._page_tokens
         return slots
 
-    def owned_pages(self) -> Sequence[int]:
-        """All pages, for integrity checks."""
-        return [int(page) for page in self.pages.flat]
+    def owned_pages(self) -> npt.NDArray[np.int64]:
+        """All pages, layer by layer."""
+        return self.pages.ravel()

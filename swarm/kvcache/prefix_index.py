@@ -68,25 +68,29 @@ class PrefixIndex(Generic[Output]):
             if digest in self._entries:
                 self._entries.move_to_end(digest)
 
-    def insert(self, digest: Digest, entry: PrefixEntry[Output]) -> list[PrefixEntry[Output]]:
-        """Add a page that is not here yet; returns what had to go to keep within the memory."""
+    def insert(self, digest: Digest, entry: PrefixEntry[Output]) -> None:
+        """Add a page that is not here yet; `touch` its sequence and `trim` afterwards."""
         if digest in self._entries:
             raise ValueError("the page is in the index already")
         self._entries[digest] = entry
         self.size_bytes += entry.size_bytes
+
+    def trim(self) -> list[PrefixEntry[Output]]:
+        """Remove what has to go to keep within the memory, least recently used first."""
         evicted: list[PrefixEntry[Output]] = []
-        while self.size_bytes > self._max_bytes and len(self._entries) > 1:
+        while self.size_bytes > self._max_bytes:
             evicted.append(self._pop(next(iter(self._entries))))
         return evicted
 
-    def evict(self, is_evictable: Callable[[PrefixEntry[Output]], bool], num_entries: int) -> list[PrefixEntry[Output]]:
-        """Remove up to `num_entries` of the least recently used entries that are evictable."""
+    def evict(self, num_pages: int, is_evictable: Callable[[PrefixEntry[Output]], bool]) -> list[PrefixEntry[Output]]:
+        """Remove the least recently used entries that are evictable, until they had `num_pages` in all."""
         chosen: list[Digest] = []
         for digest, entry in self._entries.items():
-            if len(chosen) == num_entries:
+            if num_pages <= 0:
                 break
             if is_evictable(entry):
                 chosen.append(digest)
+                num_pages -= len(entry.pages)
         return [self._pop(digest) for digest in chosen]
 
     def _pop(self, digest: Digest) -> PrefixEntry[Output]:
@@ -105,11 +109,11 @@ class PrefixTrail(Generic[Output]):
         """Content of each token of the page under way."""
         self._outputs: list[Output] = []
         self.is_broken = False
-        """After a rewind into a page whose content is gone; such a sequence shares nothing any more."""
+        """After a rewind into a page whose content is gone; such a sequence shares nothing before another rewind."""
 
     @property
     def length(self) -> int:
-        """Positions followed."""
+        """Positions followed; all of the sequence unless the trail is broken."""
         return (len(self._digests) - 1) * self._page_tokens + len(self._contents)
 
     @property
@@ -133,10 +137,10 @@ class PrefixTrail(Generic[Output]):
 
     def rewind(self, length: int) -> None:
         """Forget positions from `length` on."""
-        if self.is_broken or length >= self.length:
+        if length > self.length or (length == self.length and not self.is_broken):
             return
         num_full, num_left = divmod(length, self._page_tokens)
-        if num_full == len(self._digests) - 1:
+        if num_full == len(self._digests) - 1 and not self.is_broken:
             del self._contents[num_left:], self._outputs[num_left:]
             return
         del self._digests[num_full + 1 :]
@@ -144,9 +148,15 @@ class PrefixTrail(Generic[Output]):
         self._outputs.clear()
         self.is_broken = num_left > 0
 
+    def give_up(self) -> None:
+        """The sequence went on in a way that was not followed."""
+        self._contents.clear()
+        self._outputs.clear()
+        self.is_broken = True
+
     def skip_page(self, digest: Digest) -> None:
         """A whole page was taken from the index."""
-        if self._contents:
+        if self._contents or self.is_broken:
             raise ValueError("pages can be skipped only at a page's start")
         self._digests.append(digest)
 
