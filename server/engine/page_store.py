@@ -147,9 +147,7 @@ class PageStore:
             first_slot = start - first_page * self.page_tokens
         offset = base.storage_offset() + first_slot * self.row_values
         num_heads, num_tokens = shape.num_kv_heads, end - start
-        key = base.as_strided(
-            (1, num_heads, num_tokens, shape.key_dim), (0, shape.key_dim, self.row_values, 1), offset
-        )
+        key = base.as_strided((1, num_heads, num_tokens, shape.key_dim), (0, shape.key_dim, self.row_values, 1), offset)
         value = base.as_strided(
             (1, num_heads, num_tokens, shape.value_dim),
             (0, shape.value_dim, self.row_values, 1),

@@ -146,9 +146,7 @@ def _attend_slice(
     end = part.start + num_new
     first_key = max(part.start - kernel.window + 1, 0) if kernel.window else 0
     row = layer - plan.first_layer
-    keys, values = plan.store.read(
-        layer, part.table.pages[row], int(part.table.first_breaks[row]), first_key, end
-    )
+    keys, values = plan.store.read(layer, part.table.pages[row], int(part.table.first_breaks[row]), first_key, end)
     mask = None
     if num_new > 1:
         mask = plan.masks.get((index, kernel.window))

@@ -95,9 +95,7 @@ class PreparedItem:
 class SessionMemory:
     """Owns the pages of a store; lives on the engine thread."""
 
-    def __init__(
-        self, store: PageStore, config: MemoryConfig, *, now_s: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: PageStore, config: MemoryConfig, *, now_s: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._config = config
         self._now_s = now_s

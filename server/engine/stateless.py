@@ -35,9 +35,7 @@ def _run_whole(model: SpanModel | NarrowedSpan, hidden: torch.Tensor) -> torch.T
     return model(hidden.unsqueeze(0), positions).squeeze(0)
 
 
-def _input_gradient(
-    model: SpanModel | NarrowedSpan, hidden: torch.Tensor, gradient: torch.Tensor
-) -> torch.Tensor:
+def _input_gradient(model: SpanModel | NarrowedSpan, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     hidden = hidden.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = _run_whole(model, hidden)

@@ -52,9 +52,9 @@ def sentence_for(error: BaseException) -> str:
 def _usage_sentence(error: BaseException) -> str:
     text: str = error.format_message() if hasattr(error, "format_message") else str(error)
     text = " ".join(text.split()).rstrip(".")
+    text = f"{text[:1].lower()}{text[1:]}"
     context = getattr(error, "ctx", None)
     if not text or context is None:
         return text
     help_command = f"`{context.command_path} --help`"
-    text = f"{text[0].lower()}{text[1:]}"
     return f"{text} See {help_command}" if text.endswith("?") else f"{text}; see {help_command}"

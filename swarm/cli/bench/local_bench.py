@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from swarm.cli.local_swarm import LocalServer, LocalSwarm, split_blocks
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from swarm.models.progress import ProgressReporter
 
 __all__ = ["BenchSwarm", "limit_threads", "open_bench_swarm", "report_to_json", "to_result"]
+
+_STEP_DEADLINE_S: Final = 1800.0
+"""A long prompt beside others takes minutes on one thread, and is to be measured, not given up."""
 
 
 def limit_threads(num_threads: int) -> None:
@@ -59,7 +62,9 @@ def open_bench_swarm(
         swarm.start()
         servers = swarm.wait_until_online()
         # A server answers the look-ups, so no DHT daemon of the client's own runs beside it.
-        with SwarmModelForCausalLM.from_pretrained(source.name, initial_peers=[servers[0].grpc_address]) as model:
+        with SwarmModelForCausalLM.from_pretrained(
+            source.name, initial_peers=[servers[0].grpc_address], request_timeout_s=_STEP_DEADLINE_S
+        ) as model:
             yield BenchSwarm(servers=servers, model=model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import threading
@@ -162,9 +163,7 @@ def _run_beside(
 def gaps_within(stamps_s: Sequence[float], *, started_s: float, ended_s: float) -> list[float]:
     """Gaps between neighbouring stamps that lie in a period, at least in part."""
     return [
-        later - earlier
-        for earlier, later in zip(stamps_s, stamps_s[1:], strict=False)
-        if later > started_s and earlier < ended_s
+        later - earlier for earlier, later in itertools.pairwise(stamps_s) if later > started_s and earlier < ended_s
     ]
 
 

@@ -82,18 +82,18 @@ def _print_table(figures: list[CaseFigures], report: dict[str, Any]) -> None:
     console = results_console()
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("case")
-    names = ("wall ms/token", "CPU ms/token", "of it client", "CPU ratio", "wall ms/hop outside layers")
+    names = ("wall ms/token", "CPU ms/token", "of it client", "CPU ratio", "ms/hop outside blocks", "best")
     for name in names:
         table.add_column(name, justify="right")
     for case in figures:
-        outside_ms = case.wall_ms_outside_layers_per_hop
+        outside = (case.wall_ms_outside_blocks_per_hop, case.wall_ms_outside_blocks_per_hop_best)
         table.add_row(
             case.case,
             f"{case.wall_ms_per_token:.2f}",
             f"{case.cpu_ms_per_token:.2f}",
             f"{case.client_cpu_ms_per_token:.2f}",
             f"{case.cpu_ratio_to_local:.3f}",
-            "" if outside_ms is None else f"{outside_ms:.2f}",
+            *("" if value_ms is None else f"{value_ms:.2f}" for value_ms in outside),
         )
     console.print(table)
     hardware = report["hardware"]

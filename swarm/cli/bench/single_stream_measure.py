@@ -1,12 +1,13 @@
 """Measures single-stream decoding of the demo model: by transformers alone, and over 1, 2, … hops.
 
 All cases are set up first and then measured in turns, so that what else happens on the machine meets
-all of them alike. Each figure is the median over the rounds.
+all of them alike. Each figure is the median over the rounds, but for those that are called best.
 
-Wall time outside the layers: the layers of a chain do the same work as the local model's, one after
-the other, so a chain's extra wall time per token is what its hops add (sockets, framing, waking
-processes up), less what plain transformers spends around its layers and we do not. Within a round the
-median over tokens is taken, because a token that the machine interrupts tells nothing about hops.
+Wall time outside the blocks: a chain's blocks do the same work as the local model's, one after the
+other. So the time that a token spends in the chain (from the client's hand to the client's hand), less
+the time that it spends in the local model's blocks, is what the hops add: sockets, framing, waking
+processes up. Within a round the median over tokens is taken, because a token that the machine interrupts
+tells nothing about hops; on a busy machine the best token (the shortest of all rounds) tells more.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from swarm.errors import FinalError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from swarm.models import ModelSource
     from swarm.models.progress import ProgressReporter
 
-__all__ = ["CaseFigures", "measure"]
+__all__ = ["BlockTimer", "CaseFigures", "measure", "summarise"]
 
 LOCAL = "transformers"
 
@@ -50,8 +52,12 @@ class CaseFigures:
     cpu_ratio_to_local: float
     """Median over rounds of the ratio to plain transformers in the same round."""
     wall_ratio_to_local: float
-    wall_ms_outside_layers_per_hop: float | None
-    """(wall - wall of plain transformers) / hops, median over rounds; None for plain transformers."""
+    wall_ms_in_blocks_per_token: float
+    """Median time in all blocks, hops included."""
+    wall_ms_outside_blocks_per_hop: float | None
+    """(time in all blocks - that of plain transformers) / hops, median over rounds; None without hops."""
+    wall_ms_outside_blocks_per_hop_best: float | None
+    """The same between the quickest tokens of all rounds."""
     is_same_tokens: bool
     """Whether every round gave plain transformers' tokens."""
 
@@ -69,14 +75,36 @@ class _Case:
     num_hops: int
     generate: Callable[..., torch.Tensor]
     clock: CpuClock
+    blocks: BlockTimer
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
+    """Per token: medians, but for the CPU times, which are means, and the quickest time in the blocks."""
+
     wall_ms: float
     cpu_ms: float
     client_cpu_ms: float
+    in_blocks_ms: float
+    in_blocks_best_ms: float
     token_ids: tuple[int, ...]
+
+
+class BlockTimer:
+    """Notes how long each forward pass is inside the blocks."""
+
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        """Hooks on to the first and the last block, which may be the same module."""
+        self.passes_s: list[float] = []
+        self._entered_s = 0.0
+        first.register_forward_pre_hook(self._enter)
+        last.register_forward_hook(self._leave)
+
+    def _enter(self, *_: object) -> None:
+        self._entered_s = time.perf_counter()
+
+    def _leave(self, *_: object) -> None:
+        self.passes_s.append(time.perf_counter() - self._entered_s)
 
 
 class _Stamps:
@@ -119,6 +147,8 @@ def measure(
     """
     import torch
 
+    from swarm.client.remote_layer import RemoteLayer
+    from swarm.client.remote_model import SwarmModelForCausalLM
     from swarm.models import DEMO_MODEL, resolve_model
 
     torch.set_num_threads(1)
@@ -132,7 +162,7 @@ def measure(
             LocalSwarm(source.name, [span for chain in chains for span in chain], num_threads=1)
         )
         swarm.start()
-        local = _open_local(source)
+        local, local_blocks = _open_local(source)
         num_online = 0
 
         def show(now_online: int) -> None:
@@ -142,11 +172,9 @@ def measure(
 
         report.start("Servers online", sum(hop_counts), "servers")
         servers = swarm.wait_until_online(show)
-        cases = [_Case(name=LOCAL, num_hops=0, generate=local, clock=CpuClock([]))]
+        cases = [_Case(name=LOCAL, num_hops=0, generate=local, clock=CpuClock([]), blocks=local_blocks)]
         for num_hops in hop_counts:
             members, servers = servers[:num_hops], servers[num_hops:]
-            from swarm.client.remote_model import SwarmModelForCausalLM
-
             model = stack.enter_context(
                 SwarmModelForCausalLM.from_pretrained(
                     source.name,
@@ -157,18 +185,22 @@ def measure(
             )
             clock = CpuClock([member.pid for member in members])
             name = f"{num_hops} hop{'s' if num_hops > 1 else ''}"
-            cases.append(_Case(name=name, num_hops=num_hops, generate=model.generate, clock=clock))
+            chain = next(module for module in model.modules() if isinstance(module, RemoteLayer))
+            blocks = BlockTimer(chain, chain)
+            cases.append(_Case(name=name, num_hops=num_hops, generate=model.generate, clock=clock, blocks=blocks))
         return _run(cases, input_ids, num_rounds=num_rounds, num_new_tokens=num_new_tokens, report=report)
 
 
-def _open_local(source: ModelSource) -> Callable[..., torch.Tensor]:
+def _open_local(source: ModelSource) -> tuple[Callable[..., torch.Tensor], BlockTimer]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from swarm.models.anatomy import dissect
+
     source.ensure_tensors()
     model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True)
-    generate: Callable[..., torch.Tensor] = model.generate
-    return generate
+    stack = dissect(model, model.config.get_text_config(decoder=True)).stack
+    return model.generate, BlockTimer(stack[0], stack[-1])
 
 
 def _run(
@@ -192,6 +224,7 @@ def _run_once(case: _Case, input_ids: torch.Tensor, *, num_new_tokens: int) -> _
     import torch
 
     stamps = _Stamps(case.clock)
+    case.blocks.passes_s.clear()
     output = case.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -205,22 +238,28 @@ def _run_once(case: _Case, input_ids: torch.Tensor, *, num_new_tokens: int) -> _
     if num_timed < 1:
         raise FinalError(f"{case.name} gave {num_timed + 1} tokens instead of {num_new_tokens}")
     gaps_s = [later - earlier for earlier, later in zip(stamps.wall_s, stamps.wall_s[1:], strict=False)]
+    # The first pass is the prompt's; a last one may follow whose token is not used.
+    passes_s = case.blocks.passes_s[1 : 1 + num_timed]
     own_s, others_s = (last - first for first, last in zip(stamps.first_cpu_s, stamps.last_cpu_s, strict=True))
     return _Round(
         wall_ms=statistics.median(gaps_s) * 1e3,
         cpu_ms=(own_s + others_s) / num_timed * 1e3,
         client_cpu_ms=own_s / num_timed * 1e3,
+        in_blocks_ms=statistics.median(passes_s) * 1e3,
+        in_blocks_best_ms=min(passes_s) * 1e3,
         token_ids=tuple(output[0, input_ids.shape[1] :].tolist()),
     )
 
 
 def summarise(case: str, num_hops: int, rounds: Sequence[_Round], local: Sequence[_Round]) -> CaseFigures:
     """Medians of a case's rounds, and of their ratios to plain transformers' rounds."""
-
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
-
+    median = statistics.median
     pairs = list(zip(rounds, local, strict=True))
+    outside_ms = outside_best_ms = None
+    if num_hops:
+        outside_ms = median([(one.in_blocks_ms - base.in_blocks_ms) / num_hops for one, base in pairs])
+        best_ms, local_best_ms = (min(one.in_blocks_best_ms for one in side) for side in (rounds, local))
+        outside_best_ms = (best_ms - local_best_ms) / num_hops
     return CaseFigures(
         case=case,
         num_hops=num_hops,
@@ -229,8 +268,8 @@ def summarise(case: str, num_hops: int, rounds: Sequence[_Round], local: Sequenc
         client_cpu_ms_per_token=median([one.client_cpu_ms for one in rounds]),
         cpu_ratio_to_local=median([one.cpu_ms / base.cpu_ms for one, base in pairs]),
         wall_ratio_to_local=median([one.wall_ms / base.wall_ms for one, base in pairs]),
-        wall_ms_outside_layers_per_hop=(
-            median([(one.wall_ms - base.wall_ms) / num_hops for one, base in pairs]) if num_hops else None
-        ),
+        wall_ms_in_blocks_per_token=median([one.in_blocks_ms for one in rounds]),
+        wall_ms_outside_blocks_per_hop=outside_ms,
+        wall_ms_outside_blocks_per_hop_best=outside_best_ms,
         is_same_tokens=all(one.token_ids == base.token_ids for one, base in pairs),
     )
