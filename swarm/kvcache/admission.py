@@ -66,9 +66,7 @@ class AdmissionQueue(Generic[Key]):
         """A session alone is always let in: nothing would ever change by waiting."""
         if not self._inside:
             return True
-        return (
-            len(self._inside) < self._config.max_sessions and self._num_tokens_expected + num_tokens <= self._limit
-        )
+        return len(self._inside) < self._config.max_sessions and self._num_tokens_expected + num_tokens <= self._limit
 
     def request(self, key: Key, num_tokens_expected: int, *, may_wait: bool) -> Decision:
         """Ask to start. Nobody overtakes those who wait."""
