@@ -15,7 +15,7 @@ class ClientConfig:
     """How a client uses the swarm."""
 
     request_timeout_s: float = 120.0
-    """Overall deadline of one step, recoveries and waiting for missing servers included."""
+    """How long a step may go without progress, recoveries and waiting for missing servers included."""
     step_timeout_s: float = 60.0
     """A route that is silent for this long during a step counts as lost."""
     connect_timeout_s: float = 10.0

@@ -22,7 +22,7 @@ from swarm.client.stateless import RunAllBlocks, StatelessRunner
 from swarm.client.transport.background import BackgroundLoop
 from swarm.client.transport.channels import ServerChannels
 from swarm.datatypes import Hop, ModelHash, ServerInfo
-from swarm.errors import SessionClosedError
+from swarm.errors import BadInputError, SessionClosedError
 from swarm.routing import FewestHopsRouter
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class SwarmBlocks(RemoteBlocks):
         """See RemoteBlocks; sequences [T, H] travel together."""
         if self._is_closed:
             raise SessionClosedError("this connection to the swarm is closed; connect anew")
+        check_finite(hidden)
         counts = [rows.shape[0] for rows in hidden]
         outputs: torch.Tensor = RunAllBlocks.apply(  # type: ignore[no-untyped-call]
             torch.cat(list(hidden)), counts, self._runner, self._loop.run
@@ -132,6 +133,8 @@ class SwarmSession(BlockSession):
         self._driver = driver
         self._loop = loop
         self._is_closed = False
+        # Who forgets to close a session must not hold servers' memory until their own process ends.
+        weakref.finalize(self, loop.spawn, driver.close).atexit = False
 
     def __repr__(self) -> str:
         return f"<SwarmSession {self._driver.machine!r} route {self._driver.route}>"
@@ -156,6 +159,9 @@ class SwarmSession(BlockSession):
         """See BlockSession."""
         if self._is_closed:
             raise SessionClosedError("the session is closed; open a new one with model.session()")
+        if not inputs:
+            return []
+        check_finite([item.hidden for item in inputs])
         requests = [SequenceRequest(item.sequence, item.parent, item.start, item.hidden.detach()) for item in inputs]
         return self._loop.run(self._driver.step(requests, last_only=last_only))
 
@@ -164,6 +170,16 @@ class SwarmSession(BlockSession):
         if not self._is_closed:
             self._is_closed = True
             self._loop.run(self._driver.close())
+
+
+def check_finite(hidden: Sequence[torch.Tensor]) -> None:
+    """Refuse what every server would refuse, so that what a server refuses speaks against the server.
+
+    Raises BadInputError for values that are infinite or no numbers.
+    """
+    for index, rows in enumerate(hidden):
+        if not rows.isfinite().all():
+            raise BadInputError(f"the inputs of sequence {index} hold values that are infinite or no numbers")
 
 
 def connect(

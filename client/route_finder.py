@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
-from swarm.datatypes import ModelHash, Route, ServerInfo, format_blocks
+from swarm.datatypes import ModelHash, PeerId, Route, ServerInfo, format_blocks
 from swarm.errors import NoRouteError
 
 if TYPE_CHECKING:
@@ -74,11 +74,10 @@ class RouteFinder:
         deadline_s = self._now_s() + wait_s
         while True:
             servers = await self.servers(fresh=fresh)
-            for avoid in (self._health.avoided(), frozenset()):
-                try:
-                    return self._router.plan_route(servers, self._num_blocks, avoid=avoid)
-                except NoRouteError as error:
-                    missing = error.missing_blocks
+            try:
+                return self._plan(servers)
+            except NoRouteError as error:
+                missing = error.missing_blocks
             if self._now_s() >= deadline_s:
                 raise NoRouteError(
                     f"nobody serves block{'s' if len(missing) > 1 else ''} {format_blocks(missing)} of "
@@ -89,3 +88,28 @@ class RouteFinder:
             logger.info("waiting for a server of blocks %s", format_blocks(missing))
             await asyncio.sleep(min(_POLL_S, max(deadline_s - self._now_s(), 0.05)))
             fresh = True
+
+    async def can_avoid(self, peer: PeerId) -> bool:
+        """Whether others, who have not failed lately either, serve all blocks without this peer."""
+        servers = await self.servers(fresh=True)
+        try:
+            self._router.plan_route(servers, self._num_blocks, avoid=self._health.avoided() | {peer})
+        except NoRouteError:
+            return False
+        return True
+
+    def _plan(self, servers: Sequence[ServerInfo]) -> Route:
+        """A route without the peers that failed lately, but for those who alone serve some block."""
+        avoided = self._health.avoided()
+        while True:
+            try:
+                return self._router.plan_route(servers, self._num_blocks, avoid=avoided)
+            except NoRouteError as error:
+                needed = {
+                    server.peer_id
+                    for server in servers
+                    if server.peer_id in avoided and any(block in server.span for block in error.missing_blocks)
+                }
+                if not needed:
+                    raise
+                avoided -= needed

@@ -17,10 +17,11 @@ import torch
 from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
 from swarm.client.route_finder import RouteFinder
+from swarm.client.session.blame import Blame
 from swarm.client.transport.channels import ServerChannels
 from swarm.client.transport.unary import run_blocks
 from swarm.datatypes import Hop, ModelHash, Route, Span
-from swarm.errors import DeadlineError, PeerBusyError, PeerFaultError, PeerLostError, RetryElsewhereError
+from swarm.errors import BadInputError, DeadlineError, RetryElsewhereError
 
 __all__ = ["ForwardTrace", "RunAllBlocks", "StatelessRunner", "hops_between"]
 
@@ -41,10 +42,14 @@ class ForwardTrace:
 
 
 @dataclass
-class _Attempt:
-    """Which hop is being asked, for blaming it."""
+class _Attempts:
+    """The attempts at one piece of work."""
 
+    deadline_s: float
+    blame: Blame
+    num_failed: int = 0
     hop: Hop | None = None
+    """Who is being asked; None before anybody is."""
 
 
 class StatelessRunner:
@@ -70,11 +75,11 @@ class StatelessRunner:
         runs: list[tuple[Span, torch.Tensor]] = []
         end = self._finder.num_blocks
         start = 0
-        deadline_s = self._deadline_s()
+        attempts = self._new_attempts()
         while start < end:
-            async with self._one_attempt(deadline_s) as attempt:
-                for hop in await self._hops(start, end, deadline_s):
-                    attempt.hop = hop
+            async with self._one_attempt(attempts):
+                for hop in await self._hops(start, end, attempts):
+                    attempts.hop = hop
                     output = await self._run(hop, counts, hidden, None)
                     runs.append((hop.span, hidden))
                     hidden, start = output, hop.end
@@ -90,17 +95,17 @@ class StatelessRunner:
         self, span: Span, inputs: torch.Tensor, gradient: torch.Tensor, counts: Sequence[int]
     ) -> torch.Tensor:
         """Gradient of one run's inputs; where several servers serve its blocks now, theirs are recomputed."""
-        deadline_s = self._deadline_s()
+        attempts = self._new_attempts()
         while True:
-            async with self._one_attempt(deadline_s) as attempt:
-                hops = await self._hops(span.start, span.end, deadline_s)
+            async with self._one_attempt(attempts):
+                hops = await self._hops(span.start, span.end, attempts)
                 hidden = [inputs]
                 for hop in hops[:-1]:
-                    attempt.hop = hop
+                    attempts.hop = hop
                     hidden.append(await self._run(hop, counts, hidden[-1], None))
                 result = gradient
                 for hop, hop_inputs in zip(reversed(hops), reversed(hidden), strict=True):
-                    attempt.hop = hop
+                    attempts.hop = hop
                     result = await self._run(hop, counts, hop_inputs, result)
                 return result
 
@@ -119,27 +124,33 @@ class StatelessRunner:
         self._health.record_success(hop.peer_id)
         return result
 
-    async def _hops(self, start: int, end: int, deadline_s: float) -> list[Hop]:
-        wait_s = max(min(self._config.no_route_wait_s, deadline_s - time.monotonic()), 0.0)
-        return hops_between(await self._finder.find(wait_s=wait_s), start, end)
+    async def _hops(self, start: int, end: int, attempts: _Attempts) -> list[Hop]:
+        attempts.hop = None
+        wait_s = max(min(self._config.no_route_wait_s, attempts.deadline_s - time.monotonic()), 0.0)
+        # After a failure what was looked up before may be out of date.
+        route = await self._finder.find(wait_s=wait_s, fresh=attempts.num_failed > 0)
+        return hops_between(route, start, end)
 
-    def _deadline_s(self) -> float:
-        return time.monotonic() + self._config.request_timeout_s
+    def _new_attempts(self) -> _Attempts:
+        return _Attempts(
+            deadline_s=time.monotonic() + self._config.request_timeout_s,
+            blame=Blame(health=self._health, channels=self._channels, use_push=False),
+        )
 
     @contextlib.asynccontextmanager
-    async def _one_attempt(self, deadline_s: float) -> AsyncIterator[_Attempt]:
+    async def _one_attempt(self, attempts: _Attempts) -> AsyncIterator[None]:
         """Swallow what another server may mend, after blaming the hop and a pause; the caller tries again."""
-        attempt = _Attempt()
         try:
-            yield attempt
-        except RetryElsewhereError as error:
+            yield
+        except (RetryElsewhereError, BadInputError) as error:
             logger.info("a stateless run failed: %s", error)
-            if attempt.hop is not None and isinstance(error, PeerBusyError):
-                self._health.record_busy(attempt.hop.peer_id, error.retry_after_s)
-            elif attempt.hop is not None and isinstance(error, PeerLostError | PeerFaultError):
-                self._health.record_failure(attempt.hop.peer_id)
-                await self._channels.drop(attempt.hop.server)
-            if time.monotonic() + _RETRY_PAUSE_S >= deadline_s:
+            attempts.num_failed += 1
+            if isinstance(error, BadInputError):
+                if attempts.hop is None or attempts.blame.weigh(attempts.hop, error) is error:
+                    raise
+            elif attempts.hop is not None:
+                await attempts.blame.record(attempts.hop, error)
+            if time.monotonic() + _RETRY_PAUSE_S >= attempts.deadline_s:
                 raise DeadlineError(
                     f"the run could not be finished within {self._config.request_timeout_s:g} s; last: {error}"
                 ) from error

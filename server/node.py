@@ -29,6 +29,8 @@ __all__ = ["Node", "NodeConfig"]
 logger = logging.getLogger(__name__)
 _UNLIMITED_POSITIONS = 2**20
 """For models that state no context length (bloom); memory is the limit then."""
+_PACKED_SHARE = 0.125
+"""Part of the memory still free that packed copies of weights may take."""
 _WEIGHTS = ("auto", "fp32", "bf16")
 
 
@@ -98,8 +100,10 @@ class Node:
     @property
     def info(self) -> ServerInfo:
         """What this server announces now. Raises RuntimeError before start."""
-        if self._info is None or self._sessions is None or self._engine is None:
+        if self._info is None:
             raise RuntimeError("the server has not started")
+        if self._sessions is None or self._engine is None or self._info.state is ServerState.JOINING:
+            return self._info  # it has no totals yet that free tokens could be a part of
         return replace(
             self._info, num_sessions=self._sessions.num_sessions, kv_tokens_free=self._engine.num_tokens_free
         )
@@ -119,9 +123,14 @@ class Node:
 
     async def _start(self, report: ProgressReporter | None) -> None:
         config, source = self._config, self._source
+        self._check_asked_blocks()
         if self._registry is None:
             self._registry = await self._join()
         span = await self._choose_span()
+        # At once, so that others who start now choose other blocks.
+        self._info = self._joining_info(span)
+        await self._announce()
+        self._tasks.append(asyncio.create_task(self._announce_forever(), name="announce"))
         model = await asyncio.to_thread(self._load, span, report)
         from swarm.server.engine.choosing import choose_backend
 
@@ -137,9 +146,10 @@ class Node:
         self._engine = Engine(chosen.backend)
         self._engine.start()
         self._sessions = SessionTable(hosted, self._engine, config.limits)
+        from swarm.discovery import CachedRegistry
         from swarm.discovery.lookup_service import answer_lookup
 
-        registry = self._registry
+        registry = CachedRegistry(self._registry)  # anyone may ask, and each look-up reads many keys
 
         async def lookup(request: bytes) -> bytes:
             return await answer_lookup(registry, request)
@@ -153,26 +163,31 @@ class Node:
             join_addresses=self.join_addresses,
         )
         port = await self._service.start(config.host, config.port)
-        self._info = ServerInfo(
+        self._info = replace(
+            self._info,
+            state=ServerState.ONLINE,
+            weights=_weights_name(model),
+            kv_tokens_free=self._engine.num_tokens_free,
+            kv_tokens_total=self._engine.num_tokens_total,
+            tokens_per_s=await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend),
+            addresses=[_with_port(self._announced_host(), port)],
+        )
+        await self._announce()
+        self._tasks.append(asyncio.create_task(self._close_abandoned_forever(), name="close-abandoned"))
+
+    def _joining_info(self, span: Span) -> ServerInfo:
+        source = self._source
+        return ServerInfo(
             peer_id=self._identity.peer_id,
             model_hash=source.model_hash,
             model_name=source.name,
             num_blocks=source.num_blocks,
             span=span,
-            state=ServerState.ONLINE,
-            weights=_weights_name(model),
-            kv_policy=config.kv_policy,
-            kv_tokens_free=self._engine.num_tokens_free,
-            kv_tokens_total=self._engine.num_tokens_total,
-            tokens_per_s=await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend),
-            addresses=[_with_port(self._announced_host(), port)],
+            state=ServerState.JOINING,
+            weights=self._config.weights,
+            kv_policy=self._config.kv_policy,
             version=_version(),
         )
-        await self._announce()
-        self._tasks = [
-            asyncio.create_task(self._announce_forever(), name="announce"),
-            asyncio.create_task(self._close_abandoned_forever(), name="close-abandoned"),
-        ]
 
     async def _join(self) -> Registry:
         from swarm.discovery.dht import DhtRegistry
@@ -184,23 +199,26 @@ class Node:
             self._identity, host=config.host, port=config.dht_port, initial_peers=initial_peers
         )
 
+    def _check_asked_blocks(self) -> None:
+        """Refuse blocks that the model does not have, before anybody is asked for anything."""
+        config, source = self._config, self._source
+        if config.span is not None and config.span.end > source.num_blocks:
+            raise BadInputError(
+                f"blocks {config.span} are outside {source.name}, which has blocks 0:{source.num_blocks}"
+            )
+        if config.num_blocks is not None and not 1 <= config.num_blocks <= source.num_blocks:
+            raise BadInputError(f"--num-blocks {config.num_blocks} is outside 1..{source.num_blocks} of {source.name}")
+
     async def _choose_span(self) -> Span:
         """The blocks asked for, or those that are served least."""
         from swarm.routing.placement import choose_span
 
         config, source = self._config, self._source
         if config.span is not None:
-            if config.span.end > source.num_blocks:
-                raise BadInputError(
-                    f"blocks {config.span} are outside {source.name}, which has blocks 0:{source.num_blocks}"
-                )
             return config.span
-        num_blocks = config.num_blocks if config.num_blocks is not None else source.num_blocks
-        if not 1 <= num_blocks <= source.num_blocks:
-            raise BadInputError(f"--num-blocks {num_blocks} is outside 1..{source.num_blocks} of {source.name}")
         assert self._registry is not None
         servers = await self._registry.lookup(source.model_hash, source.num_blocks)
-        return choose_span(servers, source.num_blocks, num_blocks)
+        return choose_span(servers, source.num_blocks, config.num_blocks or source.num_blocks)
 
     def _load(self, span: Span, report: ProgressReporter | None) -> SpanModel:
         """Load and check the blocks. Raises UnsupportedModelError when they would be served wrongly."""
@@ -216,6 +234,12 @@ class Node:
         verdict = check_span(model)
         if not verdict.ok:
             raise UnsupportedModelError(f"{self._source.name} is not served: {verdict.reason}")
+        if model.device.type == "cpu":
+            import psutil
+
+            from swarm.server.engine.packed_linear import pack_large_linears
+
+            pack_large_linears(model, max_bytes=int(psutil.virtual_memory().available * _PACKED_SHARE))
         return model
 
     def _announced_host(self) -> str:

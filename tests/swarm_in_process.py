@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from swarm.client.config import ClientConfig
 from swarm.client.connection import SwarmBlocks, connect
+from swarm.client.transport.background import BackgroundLoop
 from swarm.datatypes import ServerInfo, Span
 from swarm.discovery import MemoryNetwork, MemoryRegistry
 from swarm.identity import Identity
@@ -84,15 +85,23 @@ class InProcessSwarm:
         """What a client passes to --join: the first server still there."""
         return f"grpc://{self.nodes[0].info.addresses[0]}"
 
-    def connect(self, **options: Any) -> SwarmBlocks:
-        """A client; closed with the swarm."""
-        client = connect(
-            model_hash=self.source.model_hash,
-            model_name=self.source.name,
-            num_blocks=self.source.num_blocks,
-            initial_peers=[self.address],
-            config=ClientConfig(**({"no_route_wait_s": 2.0, "request_timeout_s": 20.0} | options)),
-        )
+    def connect(self, *, asks_servers: bool = False, **options: Any) -> SwarmBlocks:
+        """A client; closed with the swarm.
+
+        With `asks_servers` it looks others up through a server, as real clients do, whose answer may be two
+        seconds old; else it reads the announcements themselves.
+        """
+        config = ClientConfig(**({"no_route_wait_s": 2.0, "request_timeout_s": 20.0} | options))
+        model: dict[str, Any] = {
+            "model_hash": self.source.model_hash,
+            "model_name": self.source.name,
+            "num_blocks": self.source.num_blocks,
+            "config": config,
+        }
+        if asks_servers:
+            client = connect(initial_peers=[self.address], **model)
+        else:
+            client = SwarmBlocks(loop=BackgroundLoop(), registry=self.registry(), **model)
         self._clients.append(client)
         return client
 

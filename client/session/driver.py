@@ -5,32 +5,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
 from swarm.client.route_finder import RouteFinder
+from swarm.client.session.blame import Blame
 from swarm.client.session.machine import SequenceRequest, SessionMachine, SessionState, StepPart, plan_parts
+from swarm.client.session.opening import RouteOpener
+from swarm.client.session.outputs import check_output, concatenate, outputs_by_request, rows_of
+from swarm.client.session.patience import Patience
 from swarm.client.transport.channels import ServerChannels
 from swarm.client.transport.hop_stream import HopEvent, HopStream
 from swarm.client.transport.unary import check_health
 from swarm.datatypes import ModelHash, Route
 from swarm.errors import (
     DeadlineError,
-    PeerBusyError,
+    FinalError,
     PeerFaultError,
     PeerLostError,
     RetryElsewhereError,
+    SessionClosedError,
     SessionStateError,
+    SwarmError,
 )
 from swarm.pb import session_pb2 as pb
-from swarm.wire.limits import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from swarm.datatypes import Hop
@@ -41,7 +45,6 @@ logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 0.25
 _BLAME_WAIT_S = 0.3
 _HEALTH_TIMEOUT_S = 2.0
-_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class SessionDriver:
@@ -58,22 +61,37 @@ class SessionDriver:
         max_length: int,
         num_sequences: int,
     ) -> None:
-        self._model_hash = model_hash
         self._finder = finder
         self._channels = channels
         self._health = health
         self._config = config
-        self._use_push = config.use_push
-        self._session_id = os.urandom(16)
+        self._blame = Blame(health=health, channels=channels, use_push=config.use_push)
+        self._is_pushing = False
+        """Whether the servers of the route in use push to each other."""
+        self._patience = Patience(config)
+        self._opener = RouteOpener(
+            model_hash=model_hash,
+            channels=channels,
+            health=health,
+            blame=self._blame,
+            patience=self._patience,
+            config=config,
+        )
         self._events: asyncio.Queue[HopEvent] = asyncio.Queue()
         self._streams: list[HopStream] = []
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._sent_to: dict[int, int] = {}
+        """Index of the hop that a step of this epoch was last sent to, by step."""
         self.machine: SessionMachine[torch.Tensor] = SessionMachine(max_length=max_length, max_sequences=num_sequences)
         self.route: Route | None = None
         self.num_failovers = 0
-        self.queue_position: int | None = None
+        self._stepping: asyncio.Task[object] | None = None
+        """The task of the step under way."""
+        self._has_asked_again = False
+
+    @property
+    def queue_position(self) -> int | None:
         """Our place in the queue of a server that is full; None when we do not wait."""
-        self._deadline_s = 0.0
+        return self._opener.queue_position
 
     async def step(self, requests: Sequence[SequenceRequest[torch.Tensor]], *, last_only: bool) -> list[torch.Tensor]:
         """Run new tokens through all blocks; outputs per request, [T, H] or the last row.
@@ -82,160 +100,83 @@ class SessionDriver:
         it stood before the step.
         """
         self.machine.begin_step(requests)
-        self._deadline_s = time.monotonic() + self._config.request_timeout_s
+        self._patience.begin_step()
+        self._stepping = asyncio.current_task()
         try:
             outputs = await self._step_until(last_only)
-        except BaseException:
+        except BaseException as error:
             self._drop_route()
             if self.machine.state is not SessionState.CLOSED:
                 self.machine.abandon_step()
+            elif isinstance(error, asyncio.CancelledError):
+                raise SessionClosedError("the session was closed while a step was under way") from None
             raise
+        finally:
+            self._stepping = None
+            self._blame.settle()
         self.machine.finish_step()
         return outputs
 
     async def _step_until(self, last_only: bool) -> list[torch.Tensor]:
         """Try, and after each loss recover and try again, until done or out of time."""
+        is_first_loss = True
         while True:
             try:
                 if self.route is None:
                     await self._establish()
                 parts = plan_parts(self.machine.pending, max_tokens=self._config.max_step_tokens)
                 results = await self._run_parts(parts, last_only=last_only)
-                return _outputs_by_request(self.machine.pending, parts, results, last_only=last_only)
+                return outputs_by_request(self.machine.pending, parts, results, last_only=last_only)
             except RetryElsewhereError as error:
                 logger.info("step %d of epoch %d: %s", self.machine.step, self.machine.epoch, error)
                 had_route = self.route is not None
                 self._drop_route()
                 if self.machine.state is SessionState.STEPPING:
                     self.machine.lose_route()
-                if time.monotonic() + _RETRY_PAUSE_S >= self._deadline_s:
+                if self._patience.left_s <= _RETRY_PAUSE_S:
                     raise DeadlineError(
                         f"the step could not be finished within {self._config.request_timeout_s:g} s; last: {error}"
                     ) from error
                 self.num_failovers += had_route
-                await asyncio.sleep(0 if had_route else _RETRY_PAUSE_S)
+                await asyncio.sleep(0 if had_route and is_first_loss else _RETRY_PAUSE_S)
+                is_first_loss = False
 
     # -- route ---------------------------------------------------------------------------------
 
     async def _establish(self) -> None:
         """Open a route and send it the log, so that it stands where the session stands."""
         is_recovery = self.machine.epoch > 0
-        wait_s = max(min(self._config.no_route_wait_s, self._deadline_s - time.monotonic()), 0.0)
+        wait_s = min(self._config.no_route_wait_s, self._patience.left_s)
         route = await self._finder.find(wait_s=wait_s, fresh=is_recovery)
-        await self._open(route)
+        self._events = asyncio.Queue()
+        self._sent_to.clear()
+        self._patience.begin_attempt()
+        self._is_pushing = self._blame.use_push
+        self._streams = await self._opener.open(
+            route, self._wanted(), self._events.put_nowait, use_push=self._is_pushing
+        )
+        self.route = route
         if self.machine.state is SessionState.RECOVERING:
             self.machine.recover_route()
-        log = self.machine.log(_concatenate)
+        log = self.machine.log(concatenate)
         if log:
             parts = plan_parts(log, max_tokens=self._config.max_step_tokens)
             await self._run_parts(parts, last_only=True)
 
-    async def _open(self, route: Route) -> None:
-        """Open the session at every hop. Raises the refusal of the first hop that refuses.
-
-        All at once, unless a hop was full before and there is no way around it: then one after the other in
-        block order, waiting in its queue. Everybody who waits holding a place does so in that order, so
-        nobody waits for somebody who waits for them.
-        """
-        epoch = self.machine.start_epoch()
-        self._events = asyncio.Queue()
-        streams = [HopStream(hop, index, epoch, self._events.put_nowait) for index, hop in enumerate(route.hops)]
-        try:
-            if self._health.busy().intersection(hop.peer_id for hop in route.hops):
-                await self._open_in_turn(streams, route, epoch)
-            else:
-                opened = await asyncio.gather(
-                    *(self._open_hop(stream, route, index, epoch) for index, stream in enumerate(streams)),
-                    return_exceptions=True,
-                )
-                problems = [result for result in opened if isinstance(result, BaseException)]
-                if problems:
-                    # What retrying can not mend is said first.
-                    raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
-        except BaseException:
-            self._say_farewell(streams)
-            raise
-        self._streams = streams
-        self.route = route
-
-    async def _open_in_turn(self, streams: Sequence[HopStream], route: Route, epoch: int) -> None:
-        """Open hop by hop, waiting in queues; the time in them does not count against the step's deadline."""
-        started_s = time.monotonic()
-        try:
-            async with asyncio.timeout(self._config.queue_timeout_s):
-                for index, stream in enumerate(streams):
-                    await self._open_hop(stream, route, index, epoch, on_queued=self._note_position)
-        except TimeoutError:
-            raise DeadlineError(
-                f"the servers of {route} stayed full for {self._config.queue_timeout_s:g} s "
-                f"(our place in the queue: {self.queue_position}); try again later"
-            ) from None
-        finally:
-            self.queue_position = None
-            self._deadline_s += time.monotonic() - started_s
-
-    def _note_position(self, position: int) -> None:
-        logger.info("the server is full; our place in its queue is %d", position)
-        self.queue_position = position
-
-    def _expected_tokens(self) -> int:
-        """Positions we claim to need soon: what is held and under way, and a little for the answer."""
-        held = sum(self.machine.lengths) + sum(len(item.rows) for item in self.machine.pending)
-        return min(held + self._config.expected_new_tokens, self.machine.max_length * self.machine.max_sequences)
-
-    async def _open_hop(
-        self,
-        stream: HopStream,
-        route: Route,
-        index: int,
-        epoch: int,
-        on_queued: Callable[[int], None] | None = None,
-    ) -> None:
-        request = pb.Open(
-            session_id=self._session_id,
-            epoch=epoch,
-            model_hash=self._model_hash,
-            start=stream.hop.start,
-            end=stream.hop.end,
-            max_length=self.machine.max_length,
-            max_sequences=self.machine.max_sequences,
-            protocol=PROTOCOL_VERSION,
-            expected_tokens=self._expected_tokens(),
-            may_wait=on_queued is not None,
+    def _wanted(self) -> pb.Open:
+        """A new epoch of the session, and the positions we claim to need soon: a little more than those at hand."""
+        machine = self.machine
+        held = sum(machine.lengths) + sum(len(item.rows) for item in machine.pending)
+        return pb.Open(
+            epoch=machine.start_epoch(),
+            max_length=machine.max_length,
+            max_sequences=machine.max_sequences,
+            expected_tokens=min(held + self._config.expected_new_tokens, machine.max_length * machine.max_sequences),
         )
-        if self._use_push and index + 1 < len(route.hops):
-            next_server = route.hops[index + 1].server
-            request.next.peer_id = next_server.peer_id
-            request.next.addresses.extend(next_server.addresses)
-        try:
-            channel = self._channels.to(stream.hop.server)
-            opened = await stream.open(channel, request, timeout_s=self._config.connect_timeout_s, on_queued=on_queued)
-            if opened.peer_id != stream.hop.peer_id:
-                raise PeerFaultError(
-                    f"{stream.hop.server.addresses[0]} should be {stream.hop.peer_id}, but is {opened.peer_id}"
-                )
-        except RetryElsewhereError as error:
-            await self._blame(stream.hop, error)
-            raise
-
-    async def _blame(self, hop: Hop, error: RetryElsewhereError) -> None:
-        """Only the guilty are avoided: the lost and the faulty, not the busy or those who lost our state."""
-        if isinstance(error, PeerBusyError):
-            self._health.record_busy(hop.peer_id, error.retry_after_s)
-        elif isinstance(error, PeerLostError | PeerFaultError):
-            self._health.record_failure(hop.peer_id)
-            await self._channels.drop(hop.server)
 
     def _drop_route(self) -> None:
         streams, self._streams, self.route = self._streams, [], None
-        self._say_farewell(streams)
-
-    def _say_farewell(self, streams: Sequence[HopStream]) -> None:
-        """Close streams in the background: the session need not wait for servers it leaves."""
-        for stream in streams:
-            task = asyncio.get_running_loop().create_task(stream.close(say_goodbye=True))
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
+        self._opener.leave(streams)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -245,13 +186,15 @@ class SessionDriver:
         steps: dict[int, tuple[pb.Step, StepPart[torch.Tensor]]] = {}
         results: list[torch.Tensor] = []
         num_sent = 0
+        self._patience.note_movement()
+        self._has_asked_again = False
         while len(results) < len(parts):
             while num_sent < len(parts) and num_sent - len(results) < self._config.max_steps_in_flight:
                 part = parts[num_sent]
                 step = self._step_message(part, last_only=last_only)
                 steps[step.step] = (step, part)
                 num_sent += 1
-                await self._send(0, step, _rows(part))
+                await self._send(0, step, rows_of(part))
             event = await self._next_event(list(steps.values()))
             if event.error is not None:
                 await self._handle_failure(event)
@@ -260,14 +203,22 @@ class SessionDriver:
                 continue  # an answer to something already settled
             step, part = steps[result.step]
             is_last = event.hop_index + 1 == len(self._streams)
-            output = self._check_output(event, part, last_only=last_only and is_last)
+            try:
+                peer = self._streams[event.hop_index].hop.peer_id
+                output = check_output(frame, part, last_only=last_only and is_last and self._is_pushing, peer=peer)
+                if is_last and result.step != min(steps):
+                    raise PeerFaultError(f"server {peer} answered out of order")
+            except PeerFaultError as fault:
+                await self._blame.record(self._streams[event.hop_index].hop, fault)
+                raise
             if not is_last:
                 if result.push_problem:
-                    logger.info("relaying for %s: %s", self._streams[event.hop_index].hop.peer_id, result.push_problem)
+                    logger.info("relaying for %s: %s", peer, result.push_problem)
                 await self._send(event.hop_index + 1, step, output)
+                self._patience.note_movement()
                 continue
-            if result.step != min(steps):
-                raise PeerFaultError(f"server {self._streams[-1].hop.peer_id} answered out of order")
+            self._patience.note_done(part.num_tokens)
+            self._has_asked_again = False
             del steps[result.step]
             results.append(output)
         for stream in self._streams:
@@ -282,44 +233,64 @@ class SessionDriver:
                 pb.SequenceStep(sequence=item.sequence, parent=item.parent, start=item.start, count=len(item.rows))
                 for item in part.sequences
             ],
-            last_only=last_only and self._use_push,
+            last_only=last_only and self._is_pushing,
         )
 
     async def _send(self, hop_index: int, step: pb.Step, hidden: torch.Tensor) -> None:
         stream = self._streams[hop_index]
+        self._sent_to[step.step] = hop_index
         try:
             async with asyncio.timeout(self._config.step_timeout_s):
                 await stream.send_step(step, hidden)
         except TimeoutError:
             error: RetryElsewhereError = PeerLostError(f"server {stream.hop.peer_id} stopped reading")
-            await self._blame(stream.hop, error)
+            await self._blame.record(stream.hop, error)
             raise error from None
-        except PeerLostError as lost:
-            await self._blame(stream.hop, lost)
+        except RetryElsewhereError as problem:
+            await self._blame.record(stream.hop, problem)
             raise
 
     async def _next_event(self, under_way: Sequence[tuple[pb.Step, StepPart[torch.Tensor]]]) -> HopEvent:
-        """The next thing a hop of this epoch says. Raises PeerLostError when somebody has fallen silent.
-
-        Where everybody is alive the step is asked for again, in case it was lost on its way between servers:
-        those who have run it answer from memory, so asking does no harm.
-        """
+        """The next thing a hop of this epoch says. Raises PeerLostError when there is no progress for too long."""
         while True:
-            timeout_s = min(self._config.step_timeout_s, max(self._deadline_s - time.monotonic(), 0.01))
-            try:
-                async with asyncio.timeout(timeout_s):
-                    while (event := await self._events.get()).epoch != self.machine.epoch:
-                        pass
-                return event
-            except TimeoutError:
-                if await self._blame_silent_hops() or time.monotonic() >= self._deadline_s:
-                    raise PeerLostError(f"no server of the route answered within {timeout_s:.1f} s") from None
-                logger.info("the route is slow, but all of its servers answer; asking again")
-                if len(under_way) == 1:
-                    step, part = under_way[0]
-                    await self._send(0, step, _rows(part))
+            timeout_s = self._patience.standstill_left_s
+            if timeout_s > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        return await self._events.get()
+            if await self._blame_unreachable_hops() or self._patience.left_s <= 0:
+                raise PeerLostError(f"no server of the route answered within {self._config.step_timeout_s:g} s")
+            if self._has_asked_again:
+                await self._leave_silent_hop(under_way[0][0])
+            elif len(under_way) == 1:
+                await self._ask_again(*under_way[0])
+            self._has_asked_again = True
+            self._patience.note_movement()
 
-    async def _blame_silent_hops(self) -> bool:
+    async def _ask_again(self, step: pb.Step, part: StepPart[torch.Tensor]) -> None:
+        """Take a step that may have got lost between servers along the route ourselves.
+
+        Those who have run it answer from memory, so asking does no harm, and it shows who has not.
+        """
+        logger.info("the route is slow, but all of its servers answer; asking again")
+        step.relay = True
+        await self._send(0, step, rows_of(part))
+
+    async def _leave_silent_hop(self, step: pb.Step) -> None:
+        """The oldest step is overdue though everybody is alive: leave whoever holds it, if others can do its work.
+
+        Raises PeerLostError to leave; returns to go on waiting, because a slow server is better than none.
+        """
+        if self._is_pushing and not step.relay and len(self._streams) > 1:
+            self._blame.search()
+            raise PeerLostError("the route is silent, and only carrying everything ourselves shows at whom")
+        hop = self._streams[self._sent_to[step.step]].hop
+        if await self._finder.can_avoid(hop.peer_id):
+            error = PeerLostError(f"server {hop.peer_id} is alive, but does not answer its step")
+            await self._blame.record(hop, error)
+            raise error
+
+    async def _blame_unreachable_hops(self) -> bool:
         """A step got lost without a word: whoever does not even answer a health call is to blame."""
         hops = [stream.hop for stream in self._streams]
         answers = await asyncio.gather(
@@ -330,85 +301,45 @@ class SessionDriver:
             (hop, answer) for hop, answer in zip(hops, answers, strict=True) if isinstance(answer, RetryElsewhereError)
         ]
         for hop, error in silent:
-            await self._blame(hop, error)
+            await self._blame.record(hop, error)
         return bool(silent)
 
-    async def _handle_failure(self, event: HopEvent) -> None:
+    async def _handle_failure(self, event: HopEvent) -> NoReturn:
         """Raise a hop's failure after blaming whoever is guilty of it."""
         assert event.error is not None
-        hop = self._streams[event.hop_index].hop
-        error = event.error
-        if isinstance(error, PeerLostError) and event.hop_index + 1 < len(self._streams):
-            # Perhaps only a push failed. If the next hop is dead its own stream says so in a moment.
-            try:
-                async with asyncio.timeout(_BLAME_WAIT_S):
-                    while True:
-                        other = await self._events.get()
-                        if other.error is not None and other.hop_index != event.hop_index:
-                            hop, error = self._streams[other.hop_index].hop, other.error
-                            break
-            except TimeoutError:
-                self._use_push = False
-        if isinstance(error, RetryElsewhereError) and not isinstance(error, SessionStateError):
-            await self._blame(hop, error)
+        hop, error = self._streams[event.hop_index].hop, event.error
+        can_have_pushed = self._is_pushing and event.hop_index + 1 < len(self._streams)
+        if event.is_report and isinstance(error, PeerLostError) and can_have_pushed:
+            lost = await self._lost_hop()
+            if lost is None:
+                self._blame.stop_pushing()
+                raise error
+            hop, error = lost
+        elif self._is_pushing and event.hop_index > 0 and isinstance(error, FinalError | SessionStateError):
+            # What it refuses came from another server; carried by us, every output is checked.
+            self._blame.search()
+            raise PeerFaultError(str(error)) from error
+        if isinstance(error, FinalError):
+            raise self._blame.weigh(hop, error) from error
+        if isinstance(error, RetryElsewhereError):
+            await self._blame.record(hop, error)
         raise error
 
-    def _check_output(self, event: HopEvent, part: StepPart[torch.Tensor], *, last_only: bool) -> torch.Tensor:
-        """The tensor of a result, or PeerFaultError when it can not be one."""
-        assert event.frame is not None
-        peer = self._streams[event.hop_index].hop.peer_id
-        counts = [len(item.rows) for item in part.sequences]
-        sent_last_only = last_only and self._use_push
-        num_rows = sum(count > 0 for count in counts) if sent_last_only else sum(counts)
-        shape = (num_rows, part.sequences[0].rows.shape[1])
-        headers = event.frame.tensors
-        if len(headers) != 1 or headers[0].shape != shape or headers[0].dtype not in _HIDDEN_DTYPES:
-            raise PeerFaultError(f"server {peer} answered with {[header.shape for header in headers]}, not {shape}")
-        return event.frame.tensor(0)
+    async def _lost_hop(self) -> tuple[Hop, SwarmError] | None:
+        """A push failed: if the next hop is dead, its own stream says so in a moment; None if it is not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BLAME_WAIT_S):
+                while True:
+                    event = await self._events.get()
+                    if event.error is not None and not event.is_report:
+                        return self._streams[event.hop_index].hop, event.error
+        return None
 
     async def close(self) -> None:
-        """Say goodbye to all hops; harmless when repeated."""
-        if self.machine.state in (SessionState.STEPPING, SessionState.RECOVERING):
-            self.machine.abandon_step()
+        """Say goodbye to all hops; a step under way ends with SessionClosedError. Harmless when repeated."""
         self.machine.close()
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait([self._stepping], timeout=2.0)
         self._drop_route()
-        if self._farewells:
-            await asyncio.wait(self._farewells, timeout=2.0)
-
-
-def _concatenate(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(chunks))
-
-
-def _rows(part: StepPart[torch.Tensor]) -> torch.Tensor:
-    """All rows of a part, [T, H]."""
-    if len(part.sequences) == 1:
-        return part.sequences[0].rows
-    return torch.cat([item.rows for item in part.sequences])
-
-
-def _outputs_by_request(
-    requests: Sequence[SequenceRequest[torch.Tensor]],
-    parts: Sequence[StepPart[torch.Tensor]],
-    results: Sequence[torch.Tensor],
-    *,
-    last_only: bool,
-) -> list[torch.Tensor]:
-    """Give each request its rows back, however the step was cut."""
-    pieces: dict[int, list[torch.Tensor]] = {item.sequence: [] for item in requests}
-    for part, result in zip(parts, results, strict=True):
-        counts = [len(item.rows) for item in part.sequences]
-        if last_only and result.shape[0] != sum(counts):
-            counts = [min(count, 1) for count in counts]
-        for item, rows in zip(part.sequences, result.split(counts), strict=True):
-            pieces[item.sequence].append(rows)
-    outputs: list[torch.Tensor] = []
-    for item in requests:
-        rows = [piece for piece in pieces[item.sequence] if len(piece)]
-        if not rows:
-            outputs.append(item.rows[:0])
-        elif last_only:
-            outputs.append(rows[-1][-1:])
-        else:
-            outputs.append(rows[0] if len(rows) == 1 else torch.cat(rows))
-    return outputs
+        await self._opener.wait_until_left(timeout_s=2.0)

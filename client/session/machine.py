@@ -11,6 +11,7 @@ place that knows epoch, step number, lengths and history; the driver asks it wha
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
@@ -164,15 +165,15 @@ class SessionMachine(Generic[R]):
     def finish_step(self) -> None:
         """The step under way is done: it becomes history."""
         parents = {item.parent: self._histories.get(item.parent, _History[R]()) for item in self._pending}
+        num_readers = Counter(item.parent for item in self._pending)
         updated: dict[int, _History[R]] = {}
         for item in self._pending:
             parent = parents[item.parent]
-            if item.parent == item.sequence and item.start == parent.length:
-                # The common case of appending; a parent that others read too is read before it changes.
-                if sum(other.parent == item.parent for other in self._pending) == 1:
-                    parent.append(item.rows)
-                    updated[item.sequence] = parent
-                    continue
+            if item.parent == item.sequence and item.start == parent.length and num_readers[item.parent] == 1:
+                # The common case of appending; a parent that others read too must stay as it was for them.
+                parent.append(item.rows)
+                updated[item.sequence] = parent
+                continue
             history = _History(parent.first(item.start))
             history.append(item.rows)
             updated[item.sequence] = history

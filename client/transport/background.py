@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 __all__ = ["BackgroundLoop"]
@@ -23,6 +24,7 @@ class BackgroundLoop:
             self._loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
         else:
             self._loop = uvloop.new_event_loop()
+        self._spawned: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="swarm-client", daemon=True)
         self._thread.start()
 
@@ -36,6 +38,17 @@ class BackgroundLoop:
                 future.cancel()
                 concurrent.futures.wait([future], timeout=5.0)
             raise
+
+    def spawn(self, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine whose end nobody waits for; from any thread, also while objects are being collected."""
+
+        def begin() -> None:
+            task = self._loop.create_task(start())
+            self._spawned.add(task)
+            task.add_done_callback(self._spawned.discard)
+
+        with contextlib.suppress(RuntimeError):  # the loop has stopped, and everything with it
+            self._loop.call_soon_threadsafe(begin)
 
     def stop(self) -> None:
         """End the loop after cancelling what still runs."""

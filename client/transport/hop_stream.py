@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from swarm.errors import PeerFaultError, PeerLostError, SwarmError
+from swarm.errors import BadInputError, PeerFaultError, PeerLostError, SwarmError
 from swarm.pb import session_pb2 as pb
 from swarm.wire.failures import error_from_failure, error_from_rpc
 from swarm.wire.frames import Frame, decode_frame, encode_frame
@@ -33,16 +33,16 @@ class HopEvent:
     result: pb.StepResult | None = None
     frame: Frame | None = None
     error: SwarmError | None = None
-    epoch: int = 0
+    is_report: bool = False
+    """Whether the hop itself said the error; else its stream ended with it."""
 
 
 class HopStream:
     """An open session stream; what it receives goes to `on_event` in order, on the event loop."""
 
-    def __init__(self, hop: Hop, hop_index: int, epoch: int, on_event: Callable[[HopEvent], None]) -> None:
+    def __init__(self, hop: Hop, hop_index: int, on_event: Callable[[HopEvent], None]) -> None:
         self.hop = hop
         self._hop_index = hop_index
-        self._epoch = epoch
         self._on_event = on_event
         self._call: grpc.aio.StreamStreamCall | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -67,7 +67,7 @@ class HopStream:
             async with asyncio.timeout(timeout_s) as patience:
                 await call.write(encode_frame(pb.SessionRequest(open=request)))
                 while isinstance(body := await call.read(), bytes):
-                    reply, _ = decode_frame(body, pb.SessionReply)
+                    reply = self._decode_reply(body)
                     if not reply.HasField("queued") or on_queued is None:
                         break
                     on_queued(reply.queued.position)
@@ -93,6 +93,13 @@ class HopStream:
         self._reader = asyncio.create_task(self._read(call))
         return reply.opened
 
+    def _decode_reply(self, body: bytes) -> pb.SessionReply:
+        """Raises PeerFaultError: garbage is the fault of who sends it, not of what was asked."""
+        try:
+            return decode_frame(body, pb.SessionReply)[0]
+        except BadInputError as error:
+            raise PeerFaultError(f"server {self.hop.peer_id} sent nonsense: {error}") from error
+
     async def _ending(self, call: grpc.aio.StreamStreamCall) -> SwarmError:
         """Why a stream ended without a message."""
         code, details = await call.code(), await call.details()
@@ -107,7 +114,7 @@ class HopStream:
             while isinstance(body := await call.read(), bytes):
                 reply, frame = decode_frame(body, pb.SessionReply)
                 if reply.HasField("failure"):
-                    self._emit(error=error_from_failure(reply.failure, peer=peer))
+                    self._emit(error=error_from_failure(reply.failure, peer=peer), is_report=True)
                 elif reply.HasField("result"):
                     self._emit(result=reply.result, frame=frame)
             error = await self._ending(call)
@@ -118,9 +125,14 @@ class HopStream:
         self._emit(error=error)
 
     def _emit(
-        self, *, result: pb.StepResult | None = None, frame: Frame | None = None, error: SwarmError | None = None
+        self,
+        *,
+        result: pb.StepResult | None = None,
+        frame: Frame | None = None,
+        error: SwarmError | None = None,
+        is_report: bool = False,
     ) -> None:
-        self._on_event(HopEvent(self._hop_index, result, frame, error, self._epoch))
+        self._on_event(HopEvent(self._hop_index, result, frame, error, is_report))
 
     async def send_step(self, step: pb.Step, hidden: torch.Tensor) -> None:
         """Write a step with its inputs [T, H]. Raises PeerLostError."""

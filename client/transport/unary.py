@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from swarm.errors import PeerFaultError
+from swarm.errors import BadInputError, PeerFaultError
 from swarm.pb import node_pb2
 from swarm.wire.failures import error_from_failure, error_from_rpc
 from swarm.wire.frames import decode_frame, encode_frame
+from swarm.wire.limits import HIDDEN_DTYPES
 from swarm.wire.methods import BACKWARD, FORWARD, HEALTH
 
 if TYPE_CHECKING:
@@ -25,12 +27,18 @@ __all__ = ["check_health", "run_blocks"]
 
 
 async def check_health(channel: grpc.aio.Channel, peer: PeerId, *, timeout_s: float) -> str:
-    """The server's state (joining, online, …). Raises PeerLostError when it does not answer in time."""
+    """The server's state (joining, online, …).
+
+    Raises PeerLostError when it does not answer in time, PeerFaultError for nonsense.
+    """
     try:
         body: bytes = await channel.unary_unary(HEALTH)(node_pb2.HealthRequest().SerializeToString(), timeout=timeout_s)
     except grpc.RpcError as error:
         raise error_from_rpc(error, peer=peer) from error
-    return node_pb2.HealthReply.FromString(body).state
+    try:
+        return node_pb2.HealthReply.FromString(body).state
+    except DecodeError as error:
+        raise PeerFaultError(f"server {peer} answered a health call with nonsense") from error
 
 
 async def run_blocks(
@@ -53,9 +61,18 @@ async def run_blocks(
         body: bytes = await channel.unary_unary(method)(encode_frame(request, tensors), timeout=timeout_s)
     except grpc.RpcError as error:
         raise error_from_rpc(error, peer=hop.peer_id) from error
-    reply, frame = decode_frame(body, node_pb2.RunReply)
+    try:
+        reply, frame = decode_frame(body, node_pb2.RunReply)
+    except BadInputError as error:
+        raise PeerFaultError(f"server {hop.peer_id} answered a run with nonsense: {error}") from error
     if reply.HasField("failure"):
         raise error_from_failure(reply.failure, peer=hop.peer_id)
     if len(frame.tensors) != 1 or frame.tensors[0].shape != tuple(hidden.shape):
         raise PeerFaultError(f"server {hop.peer_id} answered a run with tensors of another shape")
-    return frame.tensor(0)
+    if frame.tensors[0].dtype not in HIDDEN_DTYPES:
+        raise PeerFaultError(f"server {hop.peer_id} answered a run with {frame.tensors[0].dtype}")
+    result = frame.tensor(0)
+    # What was not finite when it was sent (an overflow in the caller's loss) can not come back finite.
+    if not result.isfinite().all() and all(tensor.isfinite().all() for tensor in tensors):
+        raise PeerFaultError(f"server {hop.peer_id} answered a run with values that are no numbers")
+    return result

@@ -69,6 +69,8 @@ class PushStream:
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             reason = error_from_rpc(error, peer=self._next_hop.peer_id) if isinstance(error, grpc.RpcError) else error
             self._break(str(reason))
+        except PeerLostError as error:  # no address answered
+            self._break(str(error))
         if self.problem is not None:
             raise PeerLostError(self.problem)
 
@@ -79,8 +81,14 @@ class PushStream:
             channel = self._channels.acquire(address)
             call = channel.stream_stream(PUSH)()
             try:
-                # The receiver sends its headers at once, so waiting for them tells whether it is there.
-                await call.initial_metadata()
+                # An address that swallows everything must leave time for the next one.
+                async with asyncio.timeout(self._timeout_s / len(self._next_hop.addresses)):
+                    # The receiver sends its headers at once, so waiting for them tells whether it is there.
+                    await call.initial_metadata()
+            except TimeoutError:
+                reason = f"{address} did not answer in time"
+                call.cancel()
+                await self._channels.release(address)
             except grpc.RpcError as error:
                 reason = str(error_from_rpc(error, peer=self._next_hop.peer_id))
                 await self._channels.release(address)

@@ -6,18 +6,19 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
 from swarm.datatypes import ServerInfo, Span
-from swarm.errors import AddressInUseError, BadInputError, NoRouteError, SwarmError
+from swarm.errors import AddressInUseError, BadInputError, PeerBusyError, SwarmError
 from swarm.pb import node_pb2, session_pb2
 from swarm.server.engine.engine import Engine
 from swarm.server.engine.work import BackwardWork, ForwardWork, WorkDone
-from swarm.server.rpc.sessions import HostedModel, ServerSession, SessionTable
+from swarm.server.rpc.request_checks import HostedModel, check_run
+from swarm.server.rpc.sessions import ServerSession, SessionTable
 from swarm.wire.failures import failure_from_error
 from swarm.wire.frames import Frame, decode_frame, encode_frame
 from swarm.wire.limits import channel_options
@@ -59,6 +60,8 @@ class NodeService:
         self._join_addresses = join_addresses
         self._started_s = time.monotonic()
         self._server: grpc.aio.Server | None = None
+        self._num_runs = 0
+        """Stateless runs the engine has not finished, whether or not their callers still wait."""
 
     async def start(self, host: str, port: int) -> int:
         """Listen on host:port (0 picks a port); returns the port. Raises AddressInUseError."""
@@ -118,6 +121,8 @@ class NodeService:
                     header, frame = decode_frame(body, session_pb2.SessionRequest)
                     kind = header.WhichOneof("kind")
                     if kind == "open":
+                        if session is not None:
+                            raise BadInputError("a stream holds one session, and this one has it already")
                         session, opened = await self._sessions.open(header.open, send)
                         await send(encode_frame(session_pb2.SessionReply(opened=opened)))
                     elif session is None:
@@ -131,6 +136,8 @@ class NodeService:
                         raise BadInputError("a session message of no known kind was sent")
                 except SwarmError as error:
                     await send(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
+                    if session is not None and isinstance(error, BadInputError):
+                        await self._sessions.close(session)
                     if session is None or isinstance(error, BadInputError):
                         return
         finally:
@@ -145,7 +152,7 @@ class NodeService:
                 header, frame = decode_frame(body, session_pb2.SessionRequest)
                 if header.WhichOneof("kind") != "step":
                     raise BadInputError("only steps can be pushed")
-                session = self._sessions.find(header.step.session_id)
+                session = self._sessions.find(header.step.session_id, epoch=header.step.epoch)
                 await self._sessions.take_step(session, header.step, frame)
             except SwarmError as error:
                 await context.write(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
@@ -163,11 +170,14 @@ class NodeService:
         started_s = time.perf_counter()
         try:
             request, frame = decode_frame(body, node_pb2.RunRequest, max_tensors=num_tensors)
-            span, counts = self._check_run(request, frame, num_tensors)
+            span, counts = check_run(request, frame, self._model, num_tensors=num_tensors)
+            if self._num_runs >= self._sessions.limits.max_runs_under_way:
+                raise PeerBusyError(f"{self._num_runs} stateless runs are under way, the most this server takes")
             loop = asyncio.get_running_loop()
             result: asyncio.Future[torch.Tensor] = loop.create_future()
 
             def finish(output: torch.Tensor | None, error: BaseException | None) -> None:
+                self._num_runs -= 1
                 if result.done():  # the caller gave up
                     return
                 if error is not None:
@@ -178,29 +188,13 @@ class NodeService:
             def on_done(output: torch.Tensor | None, error: BaseException | None) -> None:
                 loop.call_soon_threadsafe(finish, output, error)
 
+            self._num_runs += 1
             self._engine.submit(_stateless_work(frame, span, counts, on_done, num_tensors))
             output = await result
         except SwarmError as error:
             return encode_frame(node_pb2.RunReply(failure=failure_from_error(error)))
         compute_us = int((time.perf_counter() - started_s) * 1e6)
         return encode_frame(node_pb2.RunReply(compute_us=compute_us), [output])
-
-    def _check_run(self, request: node_pb2.RunRequest, frame: Frame, num_tensors: int) -> tuple[Span, list[int]]:
-        model = self._model
-        if request.model_hash != model.model_hash:
-            raise NoRouteError(f"model {request.model_hash[:12]} is not served here, only {model.model_hash[:12]}")
-        if not (model.span.start <= request.start < request.end <= model.span.end):
-            raise NoRouteError(f"blocks {request.start}:{request.end} are not served here, only {model.span}")
-        counts = list(request.counts)
-        shape = (sum(counts), model.hidden_size)
-        if not counts or min(counts) < 1 or max(counts) > model.max_positions:
-            raise BadInputError(f"sequences must have 1 to {model.max_positions} tokens")
-        if len(frame.tensors) != num_tensors or any(tensor.shape != shape for tensor in frame.tensors):
-            shapes = [tensor.shape for tensor in frame.tensors]
-            raise BadInputError(f"expected {num_tensors} tensors of shape {shape}, not {shapes}")
-        if any(tensor.dtype not in ("float32", "bfloat16", "float16") for tensor in frame.tensors):
-            raise BadInputError("hidden states are float32, bfloat16 or float16")
-        return Span(start=request.start, end=request.end), counts
 
     # -- questions -----------------------------------------------------------------------------
 
@@ -226,13 +220,15 @@ class NodeService:
     async def _lookup(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
         try:
             return await self._answer_lookup(body)
-        except BadInputError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except SwarmError as error:
+            is_theirs = isinstance(error, BadInputError)
+            code = grpc.StatusCode.INVALID_ARGUMENT if is_theirs else grpc.StatusCode.UNAVAILABLE
+            await context.abort(code, str(error))
             raise
 
 
 def _stateless_work(
-    frame: Frame, span: Span, counts: list[int], on_done: WorkDone, num_tensors: int
+    frame: Frame, span: Span, counts: Sequence[int], on_done: WorkDone, num_tensors: int
 ) -> ForwardWork | BackwardWork:
     if num_tensors == 1:
         return ForwardWork(span=span, counts=counts, hidden=frame.tensor(0), on_done=on_done)

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from swarm.datatypes import PeerId, Span
+from swarm.datatypes import Span
 from swarm.errors import (
     BadInputError,
     LengthLimitError,
-    NoRouteError,
     PeerBusyError,
     PeerLostError,
     SessionStateError,
@@ -28,11 +28,12 @@ from swarm.server.engine.engine import Engine
 from swarm.server.engine.work import SessionKey, StepWork
 from swarm.server.rpc.admission_desk import AdmissionDesk
 from swarm.server.rpc.channels import ChannelPool
-from swarm.server.rpc.push import NextHop, PushStream
+from swarm.server.rpc.push import PushStream
+from swarm.server.rpc.request_checks import HostedModel, check_open, check_step_tensor, read_next_hop
 from swarm.server.session_mirror import MirrorState, SequenceStep, SessionMirror, Verdict
 from swarm.wire.failures import failure_from_error
 from swarm.wire.frames import Frame, encode_frame
-from swarm.wire.limits import MAX_SEQUENCES, PROTOCOL_VERSION
+from swarm.wire.limits import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -42,20 +43,8 @@ __all__ = ["HostedModel", "ServerSession", "SessionLimits", "SessionTable"]
 logger = logging.getLogger(__name__)
 
 SendToClient = Callable[[bytes], Awaitable[None]]
-SESSION_ID_BYTES: Final = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostedModel:
-    """What this server serves."""
-
-    model_hash: str
-    span: Span
-    hidden_size: int
-    max_positions: int
-    """Context length of the model."""
-    kv_policy: str
-    peer_id: PeerId
+_MAX_REPEATS: Final = 8
+"""Answers from memory to one step: enough for any retry, and an end to routes that bite their own tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +59,16 @@ class SessionLimits:
     """How long a session outlives a lost connection to its client."""
     push_timeout_s: float = 5.0
     """After this long without progress a push has failed and the client relays."""
+    max_steps_under_way: int = 64
+    """Steps of one session that are neither refused nor delivered; a client sends a few at a time."""
+    max_runs_under_way: int = 64
+    """Stateless runs of all clients together; one more is answered with BUSY."""
 
     def __post_init__(self) -> None:
-        for name in ("default_expected_tokens", "detach_grace_s", "push_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"SessionLimits.{name} must be above 0")
+        for limit in dataclasses.fields(self):
+            value = getattr(self, limit.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"SessionLimits.{limit.name} is {value}; it must be above 0")
 
 
 @dataclass
@@ -86,6 +80,7 @@ class _LastStep:
     """[T, H]; None while the engine works on it."""
     relay: bool = False
     compute_s: float = 0.0
+    num_repeats: int = 0
 
 
 @dataclass(eq=False)
@@ -100,12 +95,22 @@ class ServerSession:
     """The client's stream; None while the client is away."""
     detached_at_s: float = 0.0
     last: _LastStep | None = None
+    num_under_way: int = 0
+    """Steps accepted and not yet delivered; each holds tensors."""
     delivery: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Outputs leave in the order of their steps."""
 
     @property
     def key(self) -> SessionKey:
         return (self.session_id, self.mirror.epoch)
+
+    def is_like(self, other: ServerSession) -> bool:
+        """Whether both run the same blocks with the same bounds."""
+        return (self.span, self.mirror.max_length, self.mirror.max_sequences) == (
+            other.span,
+            other.mirror.max_length,
+            other.mirror.max_sequences,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -120,7 +125,7 @@ class SessionTable:
     def __init__(self, model: HostedModel, engine: Engine, limits: SessionLimits) -> None:
         self._model = model
         self._engine = engine
-        self._limits = limits
+        self.limits = limits
         self._sessions: dict[bytes, ServerSession] = {}
         self._channels = ChannelPool()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,84 +148,100 @@ class SessionTable:
 
         Raises NoRouteError (not served here), BadInputError, LengthLimitError, PeerBusyError, SessionStateError.
         """
-        self._check_open(request)
-        held = self._sessions.get(request.session_id)
-        opened = pb.Opened(protocol=PROTOCOL_VERSION, peer_id=self._model.peer_id, kv_policy=self._model.kv_policy)
-        if held is not None and held.mirror.epoch > request.epoch:
-            raise SessionStateError(
-                f"epoch {request.epoch} has passed, the session is at {held.mirror.epoch}", epoch=held.mirror.epoch
-            )
-        if held is not None and held.mirror.epoch == request.epoch and held.mirror.state is MirrorState.OPEN:
-            held.send = send
-            opened.resumed = True
-            opened.positions.extend(held.mirror.positions)
-            opened.last_step = held.mirror.last_step
-            opened.kv_tokens_free = self._engine.num_tokens_free
-            return held, opened
-        if held is not None:
-            await self.close(held)
-        if self.is_draining:
-            raise PeerBusyError("this server is leaving and takes no new sessions", retry_after_s=30.0)
-        mirror = SessionMirror(
-            epoch=request.epoch, max_length=request.max_length, max_sequences=request.max_sequences or 1
+        check_open(request, self._model)
+        session = ServerSession(
+            session_id=request.session_id,
+            span=Span(start=request.start, end=request.end),
+            mirror=SessionMirror(
+                epoch=request.epoch, max_length=request.max_length, max_sequences=request.max_sequences or 1
+            ),
+            push=self._new_push(request),
+            send=send,
         )
+        held = await self._make_way(session)
+        if held is not None:
+            held.send = send
+            return held, self._opened(held, resumed=True)
 
         async def tell_position(position: int) -> None:
             await send(encode_frame(pb.SessionReply(queued=pb.Queued(position=position))))
 
-        await self._admission.enter(
-            (request.session_id, request.epoch),
-            request.expected_tokens or self._limits.default_expected_tokens,
-            may_wait=request.may_wait,
-            tell_position=tell_position,
-        )
-        session = ServerSession(
-            session_id=request.session_id,
-            span=Span(start=request.start, end=request.end),
-            mirror=mirror,
-            push=self._new_push(request),
-            send=send,
-        )
-        self._sessions[session.session_id] = session
-        opened.kv_tokens_free = self._engine.num_tokens_free
-        return session, opened
-
-    def _check_open(self, request: pb.Open) -> None:
-        model = self._model
-        if request.protocol != PROTOCOL_VERSION:
-            raise BadInputError(f"protocol {request.protocol} is not spoken here, only {PROTOCOL_VERSION}; upgrade")
-        if len(request.session_id) != SESSION_ID_BYTES:
-            raise BadInputError(f"a session id has {SESSION_ID_BYTES} bytes, not {len(request.session_id)}")
-        if request.model_hash != model.model_hash:
-            raise NoRouteError(f"model {request.model_hash[:12]} is not served here, only {model.model_hash[:12]}")
-        if not (model.span.start <= request.start < request.end <= model.span.end):
-            raise NoRouteError(f"blocks {request.start}:{request.end} are not served here, only {model.span}")
-        if not 1 <= request.max_length <= model.max_positions:
-            raise LengthLimitError(
-                f"max_length {request.max_length} is outside 1..{model.max_positions}, the model's context"
+        self._check_not_draining()
+        try:
+            await self._admission.enter(
+                session.key,
+                request.expected_tokens or self.limits.default_expected_tokens,
+                may_wait=request.may_wait,
+                tell_position=tell_position,
             )
-        if request.max_sequences > MAX_SEQUENCES:
-            raise LengthLimitError(f"{request.max_sequences} sequences were asked for, {MAX_SEQUENCES} are allowed")
-        if request.kv_policy not in ("", model.kv_policy):
-            raise NoRouteError(f"KV policy {request.kv_policy!r} is not offered here, only {model.kv_policy!r}")
+        except ValueError as error:
+            raise BadInputError("this session is being opened already, at the same epoch") from error
+        try:
+            # While this one waited, its client may have opened it again, and the server may have begun to leave.
+            self._check_not_draining()
+            await self._make_way(session)
+        except BaseException:
+            self._admission.leave(session.key)
+            raise
+        self._sessions[session.session_id] = session
+        return session, self._opened(session, resumed=False)
+
+    async def _make_way(self, session: ServerSession) -> ServerSession | None:
+        """Close what older epochs of a session left here. Returns the session if it is held at this very epoch.
+
+        Raises SessionStateError when its epoch has passed or it has failed, BadInputError when it was another.
+        """
+        epoch = session.mirror.epoch
+        while (held := self._sessions.get(session.session_id)) is not None:
+            if held.mirror.epoch < epoch:
+                await self.close(held)  # and look again: others may come in meanwhile
+                continue
+            if held.mirror.epoch > epoch:
+                raise SessionStateError(
+                    f"epoch {epoch} has passed, the session is at {held.mirror.epoch}", epoch=held.mirror.epoch
+                )
+            if held.mirror.state is not MirrorState.OPEN:
+                raise SessionStateError("the session failed here; open it at a higher epoch", epoch=epoch)
+            if not session.is_like(held):
+                raise BadInputError(f"the session was opened for blocks {held.span} and other sizes; raise its epoch")
+            return held
+        return None
+
+    def _check_not_draining(self) -> None:
+        if self.is_draining:
+            raise PeerBusyError("this server is leaving and takes no new sessions", retry_after_s=30.0)
+
+    def _opened(self, session: ServerSession, *, resumed: bool) -> pb.Opened:
+        return pb.Opened(
+            protocol=PROTOCOL_VERSION,
+            peer_id=self._model.peer_id,
+            kv_policy=self._model.kv_policy,
+            kv_tokens_free=self._engine.num_tokens_free,
+            resumed=resumed,
+            positions=session.mirror.positions,
+            last_step=session.mirror.last_step,
+        )
 
     def _new_push(self, request: pb.Open) -> PushStream | None:
-        if not request.HasField("next"):
+        next_hop = read_next_hop(request)
+        if next_hop is None:
             return None
-        next_hop = NextHop(PeerId(request.next.peer_id), tuple(request.next.addresses)[:8])
 
         def tell_client(problem: str) -> None:
             session = self._sessions.get(request.session_id)
             if session is not None and session.mirror.epoch == request.epoch:
                 self._spawn(self._send_failure(session, PeerLostError(problem), step=session.mirror.last_step))
 
-        return PushStream(next_hop, self._channels, timeout_s=self._limits.push_timeout_s, on_problem=tell_client)
+        return PushStream(next_hop, self._channels, timeout_s=self.limits.push_timeout_s, on_problem=tell_client)
 
     def detach(self, session: ServerSession, send: SendToClient) -> None:
         """The client's connection is gone; keep the session for a while in case it comes back."""
-        if session.send is send:
-            session.send = None
-            session.detached_at_s = time.monotonic()
+        if session.send is not send:  # it has come back already
+            return
+        session.send = None
+        session.detached_at_s = time.monotonic()
+        if session.mirror.state is MirrorState.DEAD:
+            self._spawn(self.close(session))  # there is nothing to come back to
 
     async def close(self, session: ServerSession) -> None:
         """Free everything of a session; harmless when repeated."""
@@ -239,7 +260,7 @@ class SessionTable:
         abandoned = [
             session
             for session in self._sessions.values()
-            if session.send is None and now_s - session.detached_at_s > self._limits.detach_grace_s
+            if session.send is None and now_s - session.detached_at_s > self.limits.detach_grace_s
         ]
         for session in abandoned:
             logger.info("closing %r: its client did not come back", session)
@@ -257,11 +278,18 @@ class SessionTable:
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def find(self, session_id: bytes) -> ServerSession:
-        """The session a pushed step belongs to. Raises SessionStateError when it is not held."""
+    def find(self, session_id: bytes, *, epoch: int) -> ServerSession:
+        """The session a pushed step belongs to. Raises SessionStateError when it is not held at this epoch.
+
+        The pusher alone hears of that: outputs of a route that the client has left are nobody's fault.
+        """
         session = self._sessions.get(session_id)
         if session is None:
             raise SessionStateError("no such session is open here")
+        if session.mirror.epoch != epoch:
+            raise SessionStateError(
+                f"the session is at epoch {session.mirror.epoch} here, not at {epoch}", epoch=session.mirror.epoch
+            )
         return session
 
     async def take_step(self, session: ServerSession, step: pb.Step, frame: Frame) -> None:
@@ -270,14 +298,14 @@ class SessionTable:
         A refusal is sent to the client; nothing is raised for it.
         """
         try:
-            hidden_shape = self._check_tensor(frame)
+            num_rows = check_step_tensor(frame, self._model)
+            if session.num_under_way >= self.limits.max_steps_under_way:
+                raise BadInputError(f"{session.num_under_way} steps are under way, the most a session may have")
             sequences = [SequenceStep(item.sequence, item.parent, item.start, item.count) for item in step.sequences]
-            verdict = session.mirror.judge(
-                epoch=step.epoch, step=step.step, sequences=sequences, num_rows=hidden_shape[0]
-            )
+            verdict = session.mirror.judge(epoch=step.epoch, step=step.step, sequences=sequences, num_rows=num_rows)
         except SwarmError as error:
             if isinstance(error, BadInputError) and not isinstance(error, LengthLimitError):
-                session.mirror.fail() if session.mirror.state is MirrorState.OPEN else None
+                self._fail(session)
             await self._send_failure(session, error, step=step.step)
             return
         if verdict is Verdict.REPEAT:
@@ -285,6 +313,7 @@ class SessionTable:
             return
         last = _LastStep(header=step, relay=step.relay)
         session.last = last
+        session.num_under_way += 1
         loop = asyncio.get_running_loop()
         started_s = time.perf_counter()
 
@@ -303,15 +332,11 @@ class SessionTable:
             )
         )
 
-    def _check_tensor(self, frame: Frame) -> tuple[int, int]:
-        if len(frame.tensors) != 1:
-            raise BadInputError(f"a step carries one tensor, not {len(frame.tensors)}")
-        header = frame.tensors[0]
-        if header.dtype not in ("float32", "bfloat16", "float16"):
-            raise BadInputError(f"hidden states are float32, bfloat16 or float16, not {header.dtype}")
-        if len(header.shape) != 2 or header.shape[1] != self._model.hidden_size:
-            raise BadInputError(f"hidden states have shape [tokens, {self._model.hidden_size}], not {header.shape}")
-        return header.shape[0], header.shape[1]
+    def _fail(self, session: ServerSession) -> None:
+        """A failed session can not go on, so what it holds is of no use to anybody."""
+        if session.mirror.state is MirrorState.OPEN:
+            session.mirror.fail()
+            self._engine.forget(session.key)
 
     def _step_done(
         self, session: ServerSession, last: _LastStep, output: torch.Tensor | None, error: BaseException | None
@@ -319,12 +344,12 @@ class SessionTable:
         if session.mirror.state is MirrorState.CLOSED:
             return
         if error is not None:
-            if session.mirror.state is MirrorState.OPEN:
-                session.mirror.fail()
+            session.num_under_way -= 1
+            self._fail(session)
             self._spawn(self._send_failure(session, error, step=last.header.step))
             return
         last.output = output
-        self._spawn(self._deliver(session, last))
+        self._spawn(self._deliver_first(session, last))
 
     async def _repeat(self, session: ServerSession, step: pb.Step) -> None:
         """Answer from memory; a step still under way is answered when it is done, as now asked."""
@@ -334,9 +359,21 @@ class SessionTable:
                 session, SessionStateError("the step's output is no longer remembered"), step=step.step
             )
             return
+        last.num_repeats += 1
+        if last.num_repeats > _MAX_REPEATS:
+            self._fail(session)
+            error = BadInputError(f"step {step.step} was repeated more than {_MAX_REPEATS} times")
+            await self._send_failure(session, error, step=step.step)
+            return
         last.relay = last.relay or step.relay
         if last.output is not None:
             await self._deliver(session, last)
+
+    async def _deliver_first(self, session: ServerSession, last: _LastStep) -> None:
+        try:
+            await self._deliver(session, last)
+        finally:
+            session.num_under_way -= 1
 
     async def _deliver(self, session: ServerSession, last: _LastStep) -> None:
         """Send an output to the next hop, or to the client when this is the last one or the push fails."""

@@ -53,7 +53,7 @@ def failure_from_error(error: BaseException, *, epoch: int = 0, step: int = 0) -
 
 def error_from_failure(failure: pb.Failure, *, peer: str) -> SwarmError:
     """The error a client raises for a peer's Failure; the text is cut, because peers are not trusted."""
-    said = failure.message[:_MAX_MESSAGE_CHARS] or pb.FailureCode.Name(failure.code)
+    said = _printable(failure.message) or pb.FailureCode.Name(failure.code)
     message = f"server {peer}: {said}"
     match failure.code:
         case pb.FAILURE_BAD_INPUT:
@@ -76,11 +76,16 @@ def error_from_failure(failure: pb.Failure, *, peer: str) -> SwarmError:
             return PeerFaultError(message)
 
 
+def _printable(text: str) -> str:
+    """A peer's text, cut, and without what could steer a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text[:_MAX_MESSAGE_CHARS])
+
+
 def error_from_rpc(error: grpc.RpcError, *, peer: str) -> SwarmError:
     """A gRPC status as one of our errors: what broke, and whether another server can help."""
     code = error.code() if callable(getattr(error, "code", None)) else None
     details = (error.details() if callable(getattr(error, "details", None)) else None) or str(error)
-    short = details.splitlines()[0][:_MAX_MESSAGE_CHARS] if details else "no details"
+    short = _printable(details.partition("\n")[0]) or "no details"
     match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.ABORTED:
             return PeerLostError(f"server {peer} can not be reached: {short}")

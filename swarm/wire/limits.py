@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "HIDDEN_DTYPES",
     "MAX_HEADER_BYTES",
     "MAX_MESSAGE_BYTES",
     "MAX_SEQUENCES",
@@ -22,6 +23,9 @@ MAX_TENSOR_BYTES = 64 * 1024 * 1024
 """4096 positions of a 70B-class model (hidden size 8192) in bf16; longer inputs travel in chunks."""
 
 MAX_TENSOR_DIMS = 4
+
+HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+"""What hidden states and their gradients may be."""
 
 MAX_SEQUENCES = 1024
 """Sequences one session may hold: far above any beam count, low enough that tables stay small."""
@@ -46,5 +50,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
+        # A proxy for the web is no way to a peer in the local network.
+        ("grpc.enable_http_proxy", 0),
         ("grpc.optimization_target_latency", 1),
     ]

@@ -54,6 +54,15 @@ def test_a_peers_text_is_cut() -> None:
     assert len(str(error_from_failure(failure, peer="P"))) < 600
 
 
+def test_a_peers_text_can_not_steer_a_terminal() -> None:
+    """Escape sequences could hide what came before, or pretend to be the program."""
+    failure = failure_from_error(PeerFaultError("x"))
+    failure.message = "\x1b[2Jall is well\r\n\x07"
+    shown = str(error_from_failure(failure, peer="P"))
+    assert shown.isprintable()
+    assert "all is well" in shown
+
+
 def test_the_first_split_of_the_tree_is_complete() -> None:
     """Every error is either worth another server or final; nothing is in between."""
     leaves = [SwarmError]

@@ -1,0 +1,99 @@
+"""What may be asked of a server: every claim of a request is checked here, before anything is allocated for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from swarm.datatypes import PeerId, Span
+from swarm.discovery.addresses import parse_host_port
+from swarm.errors import BadInputError, LengthLimitError, NoRouteError
+from swarm.pb import node_pb2
+from swarm.pb import session_pb2 as pb
+from swarm.server.rpc.push import NextHop
+from swarm.wire.frames import Frame
+from swarm.wire.limits import HIDDEN_DTYPES, MAX_SEQUENCES, PROTOCOL_VERSION
+
+__all__ = ["HostedModel", "check_open", "check_run", "check_step_tensor", "read_next_hop"]
+
+SESSION_ID_BYTES: Final = 16
+MAX_ADDRESSES: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedModel:
+    """What this server serves."""
+
+    model_hash: str
+    span: Span
+    hidden_size: int
+    max_positions: int
+    """Context length of the model."""
+    kv_policy: str
+    peer_id: PeerId
+
+
+def check_open(request: pb.Open, model: HostedModel) -> None:
+    """Raises NoRouteError (not served here), BadInputError or LengthLimitError."""
+    if request.protocol != PROTOCOL_VERSION:
+        raise BadInputError(f"protocol {request.protocol} is not spoken here, only {PROTOCOL_VERSION}; upgrade")
+    if len(request.session_id) != SESSION_ID_BYTES:
+        raise BadInputError(f"a session id has {SESSION_ID_BYTES} bytes, not {len(request.session_id)}")
+    _check_served(request.model_hash, request.start, request.end, model)
+    if not 1 <= request.max_length <= model.max_positions:
+        raise LengthLimitError(
+            f"max_length {request.max_length} is outside 1..{model.max_positions}, the model's context"
+        )
+    if request.max_sequences > MAX_SEQUENCES:
+        raise LengthLimitError(f"{request.max_sequences} sequences were asked for, {MAX_SEQUENCES} are allowed")
+    if request.kv_policy not in ("", model.kv_policy):
+        raise NoRouteError(f"KV policy {request.kv_policy!r} is not offered here, only {model.kv_policy!r}")
+
+
+def read_next_hop(request: pb.Open) -> NextHop | None:
+    """Where a session's outputs go; None to the client. Raises BadInputError for addresses that are none."""
+    if not request.HasField("next"):
+        return None
+    addresses = [str(parse_host_port(text)) for text in request.next.addresses[:MAX_ADDRESSES]]
+    return NextHop(PeerId(request.next.peer_id), addresses)
+
+
+def check_step_tensor(frame: Frame, model: HostedModel) -> int:
+    """How many rows a step carries. Raises BadInputError when its tensor can not be hidden states of the model."""
+    if len(frame.tensors) != 1:
+        raise BadInputError(f"a step carries one tensor, not {len(frame.tensors)}")
+    header = frame.tensors[0]
+    _check_dtypes(frame)
+    if len(header.shape) != 2 or header.shape[1] != model.hidden_size:
+        raise BadInputError(f"hidden states have shape [tokens, {model.hidden_size}], not {header.shape}")
+    return header.shape[0]
+
+
+def check_run(
+    request: node_pb2.RunRequest, frame: Frame, model: HostedModel, *, num_tensors: int
+) -> tuple[Span, Sequence[int]]:
+    """Blocks and tokens per sequence of a stateless run. Raises NoRouteError or BadInputError."""
+    _check_served(request.model_hash, request.start, request.end, model)
+    counts = list(request.counts)
+    if not counts or min(counts) < 1 or max(counts) > model.max_positions:
+        raise BadInputError(f"sequences must have 1 to {model.max_positions} tokens")
+    shape = (sum(counts), model.hidden_size)
+    if len(frame.tensors) != num_tensors or any(tensor.shape != shape for tensor in frame.tensors):
+        shapes = [tensor.shape for tensor in frame.tensors]
+        raise BadInputError(f"expected {num_tensors} tensors of shape {shape}, not {shapes}")
+    _check_dtypes(frame)
+    return Span(start=request.start, end=request.end), counts
+
+
+def _check_served(model_hash: str, start: int, end: int, model: HostedModel) -> None:
+    if model_hash != model.model_hash:
+        raise NoRouteError(f"model {model_hash[:12]} is not served here, only {model.model_hash[:12]}")
+    if not (model.span.start <= start < end <= model.span.end):
+        raise NoRouteError(f"blocks {start}:{end} are not served here, only {model.span}")
+
+
+def _check_dtypes(frame: Frame) -> None:
+    for tensor in frame.tensors:
+        if tensor.dtype not in HIDDEN_DTYPES:
+            raise BadInputError(f"hidden states are float32, bfloat16 or float16, not {tensor.dtype}")
