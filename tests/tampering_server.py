@@ -56,6 +56,7 @@ class TamperingServer:
         self._channel: grpc.aio.Channel | None = None
         self.is_dead = False
         """Whether it has been killed."""
+        self._sessions: list[grpc.aio.ServicerContext[bytes, bytes]] = []
         self.edit_request: Edit = lambda method, body: body
         self.edit_reply: Edit = lambda method, body: body
         self.passed: list[Passed] = []
@@ -80,6 +81,11 @@ class TamperingServer:
         """Hang up on everybody and stop answering, as a process that is killed."""
         self.swarm.run(self._stop())
 
+    def announce_also(self, address: str) -> None:
+        """Announce another address as the better one."""
+        info = replace(self.info, addresses=[address, *self.info.addresses])
+        self.swarm.run(self._registry.announce(info, ttl_s=600.0))
+
     def withdraw(self) -> None:
         """Take the announcement back, which nobody does for a process that is killed."""
         self.swarm.run(self._registry.withdraw(self.info))
@@ -88,6 +94,19 @@ class TamperingServer:
         """The same, from within an edit."""
         self.is_dead = True
         self._later = asyncio.get_running_loop().create_task(self._stop())
+
+    def repeat(self, body: bytes, num_times: int) -> None:
+        """Say something to every open session, unasked."""
+
+        async def say(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, RuntimeError):
+                for _ in range(num_times):
+                    await context.write(body)
+
+        async def say_all() -> None:
+            self._talks = [asyncio.create_task(say(context)) for context in self._sessions]
+
+        self.swarm.run(say_all())
 
     def count(self, method: str, kind: str) -> int:
         """How many messages of a kind came through."""
@@ -136,7 +155,9 @@ class TamperingServer:
         async def handle(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
             assert self._channel is not None
             call = self._channel.stream_stream(f"/{SERVICE}/{name}")()
-            if name == "Push":
+            if name == "Session":
+                self._sessions.append(context)
+            else:
                 await call.initial_metadata()
                 await context.send_initial_metadata(())
 

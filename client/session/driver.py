@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 0.25
 _BLAME_WAIT_S = 0.3
 _HEALTH_TIMEOUT_S = 2.0
+_MAX_EVENTS = 256
+"""Words from hops that nobody has listened to yet; a server that says more must wait until somebody does."""
 
 
 class SessionDriver:
@@ -77,7 +79,7 @@ class SessionDriver:
             patience=self._patience,
             config=config,
         )
-        self._events: asyncio.Queue[HopEvent] = asyncio.Queue()
+        self._events: asyncio.Queue[HopEvent] = asyncio.Queue(_MAX_EVENTS)
         self._streams: list[HopStream] = []
         self._sent_to: dict[int, int] = {}
         """Index of the hop that a step of this epoch was last sent to, by step."""
@@ -148,13 +150,11 @@ class SessionDriver:
         is_recovery = self.machine.epoch > 0
         wait_s = min(self._config.no_route_wait_s, self._patience.left_s)
         route = await self._finder.find(wait_s=wait_s, fresh=is_recovery)
-        self._events = asyncio.Queue()
+        self._events = asyncio.Queue(_MAX_EVENTS)
         self._sent_to.clear()
         self._patience.begin_attempt()
         self._is_pushing = self._blame.use_push
-        self._streams = await self._opener.open(
-            route, self._wanted(), self._events.put_nowait, use_push=self._is_pushing
-        )
+        self._streams = await self._opener.open(route, self._wanted(), self._events.put, use_push=self._is_pushing)
         self.route = route
         if self.machine.state is SessionState.RECOVERING:
             self.machine.recover_route()

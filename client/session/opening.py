@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from swarm.client.session.patience import Patience
@@ -52,7 +52,7 @@ class RouteOpener:
         """Our place in the queue of a server that is full; None when we do not wait."""
 
     async def open(
-        self, route: Route, wanted: pb.Open, on_event: Callable[[HopEvent], None], *, use_push: bool
+        self, route: Route, wanted: pb.Open, on_event: Callable[[HopEvent], Awaitable[None]], *, use_push: bool
     ) -> list[HopStream]:
         """Open the session at every hop. Raises the refusal of the first hop that refuses.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class HopEvent:
 class HopStream:
     """An open session stream; what it receives goes to `on_event` in order, on the event loop."""
 
-    def __init__(self, hop: Hop, hop_index: int, on_event: Callable[[HopEvent], None]) -> None:
+    def __init__(self, hop: Hop, hop_index: int, on_event: Callable[[HopEvent], Awaitable[None]]) -> None:
         self.hop = hop
         self._hop_index = hop_index
         self._on_event = on_event
@@ -114,17 +114,17 @@ class HopStream:
             while isinstance(body := await call.read(), bytes):
                 reply, frame = decode_frame(body, pb.SessionReply)
                 if reply.HasField("failure"):
-                    self._emit(error=error_from_failure(reply.failure, peer=peer), is_report=True)
+                    await self._emit(error=error_from_failure(reply.failure, peer=peer), is_report=True)
                 elif reply.HasField("result"):
-                    self._emit(result=reply.result, frame=frame)
+                    await self._emit(result=reply.result, frame=frame)
             error = await self._ending(call)
         except grpc.RpcError as problem:
             error = error_from_rpc(problem, peer=peer)
         except SwarmError as problem:
             error = PeerFaultError(f"server {peer} sent nonsense: {problem}")
-        self._emit(error=error)
+        await self._emit(error=error)
 
-    def _emit(
+    async def _emit(
         self,
         *,
         result: pb.StepResult | None = None,
@@ -132,7 +132,7 @@ class HopStream:
         error: SwarmError | None = None,
         is_report: bool = False,
     ) -> None:
-        self._on_event(HopEvent(self._hop_index, result, frame, error, is_report))
+        await self._on_event(HopEvent(self._hop_index, result, frame, error, is_report))
 
     async def send_step(self, step: pb.Step, hidden: torch.Tensor) -> None:
         """Write a step with its inputs [T, H]. Raises PeerLostError."""

@@ -116,7 +116,7 @@ class NodeService:
                     logger.debug("a client went away while it was answered: %s", error)
 
         try:
-            async for body in requests:
+            async for body in _messages(requests, first_timeout_s=self._sessions.limits.first_message_timeout_s):
                 try:
                     header, frame = decode_frame(body, session_pb2.SessionRequest)
                     kind = header.WhichOneof("kind")
@@ -147,7 +147,7 @@ class NodeService:
     async def _push(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
         # Headers tell the sender at once that somebody is here.
         await context.send_initial_metadata(())
-        async for body in requests:
+        async for body in _messages(requests, first_timeout_s=self._sessions.limits.first_message_timeout_s):
             try:
                 header, frame = decode_frame(body, session_pb2.SessionRequest)
                 if header.WhichOneof("kind") != "step":
@@ -225,6 +225,22 @@ class NodeService:
             code = grpc.StatusCode.INVALID_ARGUMENT if is_theirs else grpc.StatusCode.UNAVAILABLE
             await context.abort(code, str(error))
             raise
+
+
+async def _messages(requests: AsyncIterator[Bytes], *, first_timeout_s: float) -> AsyncIterator[Bytes]:
+    """A stream's messages; none when the first is late, so that silent streams do not use up the server's calls."""
+    iterator = aiter(requests)
+    first = asyncio.ensure_future(anext(iterator, None))
+    try:
+        await asyncio.wait({first}, timeout=first_timeout_s)
+    finally:
+        if not first.done():
+            first.cancel()
+    if first.cancelled() or not first.done() or (body := first.result()) is None:
+        return
+    yield body
+    async for body in iterator:
+        yield body
 
 
 def _stateless_work(

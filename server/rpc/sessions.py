@@ -61,6 +61,8 @@ class SessionLimits:
     """After this long without progress a push has failed and the client relays."""
     max_steps_under_way: int = 64
     """Steps of one session that are neither refused nor delivered; a client sends a few at a time."""
+    first_message_timeout_s: float = 10.0
+    """How long a stream may stay silent before it says what it is for."""
     max_runs_under_way: int = 64
     """Stateless runs of all clients together; one more is answered with BUSY."""
 
@@ -170,7 +172,7 @@ class SessionTable:
         try:
             await self._admission.enter(
                 session.key,
-                request.expected_tokens or self.limits.default_expected_tokens,
+                self._expected_tokens(request),
                 may_wait=request.may_wait,
                 tell_position=tell_position,
             )
@@ -206,6 +208,11 @@ class SessionTable:
                 raise BadInputError(f"the session was opened for blocks {held.span} and other sizes; raise its epoch")
             return held
         return None
+
+    def _expected_tokens(self, request: pb.Open) -> int:
+        """What a session claims to need: no more than it may ever use, or one claim could keep everybody out."""
+        claimed = request.expected_tokens or self.limits.default_expected_tokens
+        return min(claimed, request.max_length * (request.max_sequences or 1))
 
     def _check_not_draining(self) -> None:
         if self.is_draining:

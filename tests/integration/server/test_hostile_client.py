@@ -42,6 +42,7 @@ def swarm(llama: TinyLlama) -> Iterator[InProcessSwarm]:
         default_expected_tokens=1,
         max_steps_under_way=16,
         max_runs_under_way=4,
+        first_message_timeout_s=0.5,
         detach_grace_s=0.2,
     )
     with InProcessSwarm(llama.folder, [(0, 6)], limits=limits) as swarm:
@@ -399,6 +400,34 @@ def test_a_flood_of_opens_is_answered_with_busy(raw: RawClient, node: Node) -> N
     assert {failure.code for failure in failures} == {pb.FAILURE_BUSY}
     assert all(failure.retry_after_ms > 0 for failure in failures)
     assert node.info.num_sessions == MAX_SESSIONS
+
+
+def test_an_exaggerated_claim_keeps_nobody_out(raw: RawClient, node: Node) -> None:
+    """Expectations decide who is let in, so a session may not expect more than it may use."""
+    raw.open(expected_tokens=2**32 - 1)
+    for _ in range(MAX_SESSIONS - 1):
+        raw.open(expected_tokens=2**32 - 1)
+    assert node.info.num_sessions == MAX_SESSIONS
+
+
+def test_a_silent_stream_is_ended(raw: RawClient) -> None:
+    """Streams cost nothing to open, and a server has only so many."""
+    session, push = raw.stream(), raw.push_stream()
+    started_s = time.monotonic()
+    assert session.receive() is None
+    assert push.receive() is None
+    assert time.monotonic() - started_s < 3.0
+
+
+def test_who_never_reads_holds_nobody_up(llama: TinyLlama, raw: RawClient) -> None:
+    """Answers that nobody takes wait for their own client alone."""
+    deaf, _ = raw.open()
+    for step in range(1, 16):
+        deaf.send(step_frame(step_message(step, count=60), rows(60)))
+    beside, _ = raw.open()
+    for step, (start, end) in enumerate([(0, 5), (5, 9)], start=1):
+        beside.send(step_frame(step_message(step, start=start, count=end - start), rows(9)[start:end]))
+        assert_right(llama, answer(beside.receive()), rows(9)[:end])
 
 
 def _full(raw: RawClient) -> list[RawStream]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
 from swarm.server.node import Node
 from swarm.wire.frames import Frame, decode_frame, encode_frame
-from tests.swarm_in_process import InProcessSwarm
+from tests.swarm_in_process import InProcessSwarm, wait_until
 from tests.tampering_server import Edit, TamperingServer, edit_result
 
 if TYPE_CHECKING:
@@ -237,6 +238,25 @@ def test_a_silent_server_between_honest_ones_is_found(
     second = step(session, 9, 14)
     assert_right(llama, torch.cat([first, second]))
     assert not uses(session, bad_in_the_middle)
+    client.close()
+
+
+def test_a_server_that_never_stops_talking_is_not_listened_to(
+    llama: TinyLlama, swarm: InProcessSwarm, bad_alone: TamperingServer
+) -> None:
+    """Between two steps nobody reads what it says, and it must not fill the client's memory meanwhile."""
+    client = connect(swarm, step_timeout_s=2.0)
+    session = client.open_session(max_length=32)
+    first = step(session, 0, 9)
+    assert uses(session, bad_alone)
+    spam = encode_frame(pb.SessionReply(result=pb.StepResult(epoch=1, step=1)), [torch.zeros(500, HIDDEN_SIZE)])
+    bad_alone.repeat(spam, 5000)
+    driver: Any = session._driver
+    wait_until(lambda: driver._events.qsize() > 100)
+    time.sleep(0.3)
+    assert driver._events.qsize() < 500
+    second = step(session, 9, 14)
+    assert_right(llama, torch.cat([first, second]))
     client.close()
 
 

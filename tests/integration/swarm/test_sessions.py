@@ -481,6 +481,16 @@ def test_one_sessions_trouble_does_not_hang_up_on_others(llama: TinyLlama, code:
         calm.close()
 
 
+def test_a_servers_next_address_is_tried_when_the_first_fails(llama: TinyLlama) -> None:
+    """A machine at home has an address for neighbours and one for the world; which works depends on who asks."""
+    with killable(llama, (0, 6)) as doors:
+        (door,) = doors.servers
+        door.announce_also("127.0.0.1:1")
+        session = doors.swarm.connect().open_session(max_length=32)
+        assert_close(append(session, rows(9)), whole(llama, rows(9)))
+        session.close()
+
+
 # -- missing servers ---------------------------------------------------------------------------------------
 
 
