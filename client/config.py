@@ -16,7 +16,7 @@ class ClientConfig:
 
     request_timeout_s: float = 120.0
     """How long a step may go without progress, recoveries and waiting for missing servers included."""
-    step_timeout_s: float = 60.0
+    step_timeout_s: float = 30.0
     """A route that is silent for this long during a step counts as lost."""
     connect_timeout_s: float = 10.0
     """For opening a session at one server, and for look-ups."""

@@ -135,6 +135,8 @@ class Node:
         from swarm.server.engine.choosing import choose_backend
 
         chosen = await asyncio.to_thread(choose_backend, model, memory_bytes=config.kv_memory_bytes)
+        # Before the engine's thread owns the backend.
+        tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend)
         hosted = HostedModel(
             model_hash=source.model_hash,
             span=span,
@@ -169,7 +171,7 @@ class Node:
             weights=_weights_name(model),
             kv_tokens_free=self._engine.num_tokens_free,
             kv_tokens_total=self._engine.num_tokens_total,
-            tokens_per_s=await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend),
+            tokens_per_s=tokens_per_s,
             addresses=[_with_port(self._announced_host(), port)],
         )
         await self._announce()

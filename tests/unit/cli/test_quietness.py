@@ -11,9 +11,9 @@ from swarm.cli.quietness import prepare_process
 
 
 def test_libraries_are_silent_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    """Warnings of transformers or hivemind are for us, and frighten people who only want an answer."""
+    """Warnings of libraries are for us, and frighten people who only want an answer."""
     prepare_process(0)
-    logging.getLogger("hivemind").error("noise")
+    logging.getLogger("urllib3").error("noise")
     logging.getLogger("transformers.generation").warning("noise")
     warnings.warn("noise", stacklevel=1)
     logging.getLogger("swarm.client").warning("recovered by itself")
@@ -36,12 +36,12 @@ def test_verbose_shows_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     """-v is for finding out why; -vv for everything."""
     prepare_process(1)
     logging.getLogger("swarm.client").info("looking for a route")
-    logging.getLogger("hivemind").warning("a library's warning")
-    logging.getLogger("hivemind").info("a library's detail")
+    logging.getLogger("urllib3").warning("a library's warning")
+    logging.getLogger("urllib3").info("a library's detail")
     shown = capsys.readouterr().err
     assert "looking for a route" in shown
     assert "a library's warning" in shown
     assert "a library's detail" not in shown
     prepare_process(2)
-    logging.getLogger("hivemind").info("a library's detail")
+    logging.getLogger("urllib3").info("a library's detail")
     assert capsys.readouterr().err.count("a library's detail") == 1
