@@ -41,6 +41,11 @@ class PeerHealth:
         record.is_busy = True
         record.avoided_until_s = max(record.avoided_until_s, self._now_s() + min(retry_after_s, self._ban_s))
 
+    def record_leaving(self, peer: PeerId) -> None:
+        """The peer leaves in good order, which is no failure: its announcement may be older than its farewell."""
+        record = self._records.setdefault(peer, _Record())
+        record.avoided_until_s = max(record.avoided_until_s, self._now_s() + self._ban_s)
+
     def record_success(self, peer: PeerId) -> None:
         """The peer did its work."""
         self._records.pop(peer, None)

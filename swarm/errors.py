@@ -6,6 +6,7 @@ The first split is the one callers act on: can trying another server help?
     ├── RetryElsewhereError          another server (or the same one later) may do it
     │   ├── PeerLostError            connection refused, lost, or silent past its deadline
     │   ├── PeerBusyError            alive, but has no room now; carries retry_after_s
+    │   ├── PeerLeavingError         takes no new work, or has handed a session over; carries successor
     │   ├── PeerFaultError           answered with something impossible, or failed inside
     │   └── SessionStateError        the peer is at another epoch or position; replay mends it
     └── FinalError                   no other server would do better
@@ -43,6 +44,7 @@ __all__ = [
     "NoRouteError",
     "PeerBusyError",
     "PeerFaultError",
+    "PeerLeavingError",
     "PeerLostError",
     "RetryElsewhereError",
     "SessionClosedError",
@@ -73,6 +75,15 @@ class PeerBusyError(RetryElsewhereError):
         """Seconds after which the peer expects to have room."""
         self.queue_position = queue_position
         """How many requests wait before this one; None when the queue itself is full."""
+
+
+class PeerLeavingError(RetryElsewhereError):
+    """The peer is leaving the swarm in good order: it takes no new sessions, or has handed this one over."""
+
+    def __init__(self, message: str, *, successor: str | None = None) -> None:
+        super().__init__(message)
+        self.successor = successor
+        """Peer id of the server that holds the session now; None when nobody does."""
 
 
 class PeerFaultError(RetryElsewhereError):

@@ -8,6 +8,7 @@ from swarm.errors import (
     FinalError,
     PeerBusyError,
     PeerFaultError,
+    PeerLeavingError,
     PeerLostError,
     RetryElsewhereError,
     SessionStateError,
@@ -50,6 +51,9 @@ class Blame:
         """
         if isinstance(error, PeerBusyError):
             self._health.record_busy(hop.peer_id, error.retry_after_s)
+            return
+        if isinstance(error, PeerLeavingError):
+            self._health.record_leaving(hop.peer_id)
             return
         if isinstance(error, SessionStateError) and hop.peer_id not in self._out_of_step:
             self._out_of_step.add(hop.peer_id)

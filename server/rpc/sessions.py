@@ -17,7 +17,7 @@ from swarm.datatypes import Span
 from swarm.errors import (
     BadInputError,
     LengthLimitError,
-    PeerBusyError,
+    PeerLeavingError,
     PeerLostError,
     SessionStateError,
     SwarmError,
@@ -163,7 +163,7 @@ class SessionTable:
         held = await self._make_way(session)
         if held is not None:
             held.send = send
-            return held, self._opened(held, resumed=True)
+            return held, self._opened(held, kept=True)
 
         async def tell_position(position: int) -> None:
             await send(encode_frame(pb.SessionReply(queued=pb.Queued(position=position))))
@@ -186,7 +186,7 @@ class SessionTable:
             self._admission.leave(session.key)
             raise
         self._sessions[session.session_id] = session
-        return session, self._opened(session, resumed=False)
+        return session, self._opened(session, kept=False)
 
     async def _make_way(self, session: ServerSession) -> ServerSession | None:
         """Close what older epochs of a session left here. Returns the session if it is held at this very epoch.
@@ -216,17 +216,16 @@ class SessionTable:
 
     def _check_not_draining(self) -> None:
         if self.is_draining:
-            raise PeerBusyError("this server is leaving and takes no new sessions", retry_after_s=30.0)
+            raise PeerLeavingError("this server is leaving and takes no new sessions")
 
-    def _opened(self, session: ServerSession, *, resumed: bool) -> pb.Opened:
+    def _opened(self, session: ServerSession, *, kept: bool) -> pb.Opened:
         return pb.Opened(
             protocol=PROTOCOL_VERSION,
             peer_id=self._model.peer_id,
             kv_policy=self._model.kv_policy,
             kv_tokens_free=self._engine.num_tokens_free,
-            resumed=resumed,
+            kept=kept,
             positions=session.mirror.positions,
-            last_step=session.mirror.last_step,
         )
 
     def _new_push(self, request: pb.Open) -> PushStream | None:

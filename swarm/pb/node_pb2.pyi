@@ -12,19 +12,21 @@ class HealthRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class HealthReply(_message.Message):
-    __slots__ = ("state", "peer_id")
+    __slots__ = ("state", "peer_id", "engine_silent_ms")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_SILENT_MS_FIELD_NUMBER: _ClassVar[int]
     state: str
     peer_id: str
-    def __init__(self, state: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
+    engine_silent_ms: int
+    def __init__(self, state: _Optional[str] = ..., peer_id: _Optional[str] = ..., engine_silent_ms: _Optional[int] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("server", "uptime_s", "num_steps", "num_tokens", "num_failed_steps", "join_addresses", "num_batches", "kv")
+    __slots__ = ("server", "uptime_s", "num_steps", "num_tokens", "num_failed_steps", "join_addresses", "num_batches", "kv", "num_tokens_run", "num_sessions_taken_over", "num_sessions_handed_over")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +35,9 @@ class InfoReply(_message.Message):
     JOIN_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_RUN_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_TAKEN_OVER_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     server: _discovery_pb2.ServerRecord
     uptime_s: int
     num_steps: int
@@ -41,7 +46,10 @@ class InfoReply(_message.Message):
     join_addresses: _containers.RepeatedScalarFieldContainer[str]
     num_batches: int
     kv: KVUsage
-    def __init__(self, server: _Optional[_Union[_discovery_pb2.ServerRecord, _Mapping]] = ..., uptime_s: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_failed_steps: _Optional[int] = ..., join_addresses: _Optional[_Iterable[str]] = ..., num_batches: _Optional[int] = ..., kv: _Optional[_Union[KVUsage, _Mapping]] = ...) -> None: ...
+    num_tokens_run: int
+    num_sessions_taken_over: int
+    num_sessions_handed_over: int
+    def __init__(self, server: _Optional[_Union[_discovery_pb2.ServerRecord, _Mapping]] = ..., uptime_s: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_failed_steps: _Optional[int] = ..., join_addresses: _Optional[_Iterable[str]] = ..., num_batches: _Optional[int] = ..., kv: _Optional[_Union[KVUsage, _Mapping]] = ..., num_tokens_run: _Optional[int] = ..., num_sessions_taken_over: _Optional[int] = ..., num_sessions_handed_over: _Optional[int] = ...) -> None: ...
 
 class KVUsage(_message.Message):
     __slots__ = ("total_bytes", "used_bytes", "wasted_bytes", "shared_bytes", "num_tokens_shared", "num_spills")
@@ -78,3 +86,83 @@ class RunReply(_message.Message):
     failure: _session_pb2.Failure
     compute_us: int
     def __init__(self, failure: _Optional[_Union[_session_pb2.Failure, _Mapping]] = ..., compute_us: _Optional[int] = ...) -> None: ...
+
+class HandoverRequest(_message.Message):
+    __slots__ = ("offer", "pages", "end")
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    offer: HandoverOffer
+    pages: HandoverPages
+    end: HandoverEnd
+    def __init__(self, offer: _Optional[_Union[HandoverOffer, _Mapping]] = ..., pages: _Optional[_Union[HandoverPages, _Mapping]] = ..., end: _Optional[_Union[HandoverEnd, _Mapping]] = ...) -> None: ...
+
+class HandoverOffer(_message.Message):
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    KV_POLICY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    epoch: int
+    model_hash: str
+    start: int
+    end: int
+    max_length: int
+    max_sequences: int
+    expected_tokens: int
+    weights: str
+    kv_policy: str
+    page_tokens: int
+    num_pages: int
+    sequences: _containers.RepeatedCompositeFieldContainer[HandoverSequence]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[HandoverCheckpoint]
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ...) -> None: ...
+
+class HandoverSequence(_message.Message):
+    __slots__ = ("sequence", "length", "pages")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    length: int
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., length: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HandoverCheckpoint(_message.Message):
+    __slots__ = ("epoch", "step", "positions")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HandoverPages(_message.Message):
+    __slots__ = ("first",)
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    def __init__(self, first: _Optional[int] = ...) -> None: ...
+
+class HandoverEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HandoverReply(_message.Message):
+    __slots__ = ("accepted", "failure")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    failure: _session_pb2.Failure
+    def __init__(self, accepted: bool = ..., failure: _Optional[_Union[_session_pb2.Failure, _Mapping]] = ...) -> None: ...

@@ -50,7 +50,7 @@ class SessionReply(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol", "expected_tokens", "may_wait")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol", "expected_tokens", "may_wait", "keep")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Open(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAY_WAIT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     model_hash: str
@@ -75,7 +76,16 @@ class Open(_message.Message):
     protocol: int
     expected_tokens: int
     may_wait: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., may_wait: bool = ...) -> None: ...
+    keep: Keep
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., may_wait: bool = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
+
+class Keep(_message.Message):
+    __slots__ = ("epoch", "step")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("position",)
@@ -92,38 +102,42 @@ class NextHop(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("protocol", "resumed", "positions", "last_step", "kv_tokens_free", "peer_id", "kv_policy")
+    __slots__ = ("protocol", "kept", "positions", "kv_tokens_free", "peer_id", "kv_policy", "step_us", "token_us")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FREE_FIELD_NUMBER: _ClassVar[int]
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     KV_POLICY_FIELD_NUMBER: _ClassVar[int]
+    STEP_US_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_US_FIELD_NUMBER: _ClassVar[int]
     protocol: int
-    resumed: bool
+    kept: bool
     positions: _containers.RepeatedScalarFieldContainer[int]
-    last_step: int
     kv_tokens_free: int
     peer_id: str
     kv_policy: str
-    def __init__(self, protocol: _Optional[int] = ..., resumed: bool = ..., positions: _Optional[_Iterable[int]] = ..., last_step: _Optional[int] = ..., kv_tokens_free: _Optional[int] = ..., peer_id: _Optional[str] = ..., kv_policy: _Optional[str] = ...) -> None: ...
+    step_us: int
+    token_us: int
+    def __init__(self, protocol: _Optional[int] = ..., kept: bool = ..., positions: _Optional[_Iterable[int]] = ..., kv_tokens_free: _Optional[int] = ..., peer_id: _Optional[str] = ..., kv_policy: _Optional[str] = ..., step_us: _Optional[int] = ..., token_us: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("session_id", "epoch", "step", "sequences", "last_only", "relay")
+    __slots__ = ("session_id", "epoch", "step", "sequences", "last_only", "relay", "replay_end")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     LAST_ONLY_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_END_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     step: int
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceStep]
     last_only: bool
     relay: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceStep, _Mapping]]] = ..., last_only: bool = ..., relay: bool = ...) -> None: ...
+    replay_end: int
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceStep, _Mapping]]] = ..., last_only: bool = ..., relay: bool = ..., replay_end: _Optional[int] = ...) -> None: ...
 
 class SequenceStep(_message.Message):
     __slots__ = ("sequence", "parent", "start", "count")
@@ -156,7 +170,7 @@ class Close(_message.Message):
     def __init__(self) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("code", "message", "epoch", "step", "positions", "retry_after_ms", "queue_position")
+    __slots__ = ("code", "message", "epoch", "step", "positions", "retry_after_ms", "queue_position", "successor")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +178,7 @@ class Failure(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
     code: FailureCode
     message: str
     epoch: int
@@ -171,4 +186,5 @@ class Failure(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     retry_after_ms: int
     queue_position: int
-    def __init__(self, code: _Optional[_Union[FailureCode, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., retry_after_ms: _Optional[int] = ..., queue_position: _Optional[int] = ...) -> None: ...
+    successor: str
+    def __init__(self, code: _Optional[_Union[FailureCode, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., retry_after_ms: _Optional[int] = ..., queue_position: _Optional[int] = ..., successor: _Optional[str] = ...) -> None: ...

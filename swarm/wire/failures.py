@@ -12,6 +12,7 @@ from swarm.errors import (
     NoRouteError,
     PeerBusyError,
     PeerFaultError,
+    PeerLeavingError,
     PeerLostError,
     SessionStateError,
     SwarmError,
@@ -21,6 +22,7 @@ from swarm.pb import session_pb2 as pb
 __all__ = ["error_from_failure", "error_from_rpc", "failure_from_error"]
 
 _MAX_MESSAGE_CHARS: Final = 500
+_MAX_PEER_ID_CHARS: Final = 128
 
 
 def failure_from_error(error: BaseException, *, epoch: int = 0, step: int = 0) -> pb.Failure:
@@ -35,6 +37,9 @@ def failure_from_error(error: BaseException, *, epoch: int = 0, step: int = 0) -
             failure.code = pb.FAILURE_BUSY
             failure.retry_after_ms = int(error.retry_after_s * 1000)
             failure.queue_position = error.queue_position or 0
+        case PeerLeavingError():
+            failure.code = pb.FAILURE_DRAINING
+            failure.successor = error.successor or ""
         case LengthLimitError():
             failure.code = pb.FAILURE_LENGTH
         case NoRouteError():
@@ -69,7 +74,7 @@ def error_from_failure(failure: pb.Failure, *, peer: str) -> SwarmError:
                 queue_position=failure.queue_position or None,
             )
         case pb.FAILURE_DRAINING:
-            return PeerBusyError(message, retry_after_s=30.0)
+            return PeerLeavingError(message, successor=_printable(failure.successor)[:_MAX_PEER_ID_CHARS] or None)
         case pb.FAILURE_UNREACHABLE:
             return PeerLostError(message)
         case _:
