@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from swarm.models.progress import ProgressReporter, SilentProgress
     from swarm.models.selftest import SelfTestReport, check_span
     from swarm.models.source import DEMO_MODEL, ModelSource, load_tokenizer, resolve_model
-    from swarm.models.span import SpanModel, load_span
+    from swarm.models.span import SpanModel, default_weight_cache, load_span
     from swarm.models.span_cache import SpanCache
     from swarm.models.support import unsupported_reason
 
@@ -26,6 +26,7 @@ __all__ = [
     "SpanCache",
     "SpanModel",
     "check_span",
+    "default_weight_cache",
     "load_client_parts",
     "load_span",
     "load_tokenizer",
@@ -42,6 +43,7 @@ _MODULES_OF_NAMES = {
     "SpanCache": "span_cache",
     "SpanModel": "span",
     "check_span": "selftest",
+    "default_weight_cache": "span",
     "load_client_parts": "client_model",
     "load_span": "span",
     "load_tokenizer": "source",

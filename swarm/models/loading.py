@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -50,7 +50,7 @@ def load_model(
     config: PreTrainedConfig,
     wanted: Callable[[str], bool],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     what: str,
     first_block: int = 0,
     may_lack: Callable[[str], bool] = lambda name: False,
@@ -60,6 +60,7 @@ def load_model(
 
     Args:
         config: altered by `cls`; give a copy.
+        dtype: of the weights; None takes bf16 or fp16 if all those tensors are, else fp32.
         what: the part of the model that is loaded, for messages.
         first_block: the block of the model that is block 0 of `cls`.
         may_lack: parameters that may be left as initialised, because checkpoints do not hold them.
@@ -70,6 +71,8 @@ def load_model(
     """
     with source.open_tensors(wanted, report=report) as slices, _quiet_transformers():
         try:
+            if dtype is None:
+                dtype = _common_dtype(slices.values())
             loaded: Any = cls.from_pretrained(
                 None,
                 config=config,
@@ -102,6 +105,16 @@ def load_model(
             f"the files of {source.name} lack {len(lacking)} tensors that {what} need, the first being {lacking[0]}"
         )
     return model
+
+
+def _common_dtype(slices: Iterable[Any]) -> torch.dtype:
+    """The narrowest float type that holds every one of these safetensors slices."""
+    import torch
+
+    in_files = {str(part.get_dtype()) for part in slices}
+    return {frozenset({"BF16"}): torch.bfloat16, frozenset({"F16"}): torch.float16}.get(
+        frozenset(in_files), torch.float32
+    )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 _NUM_TOKENS = 24
 _CHUNKS = (12, 1, 1, 5, 1, 1, 2, 1)
 _REWIND_TO = 15
-_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def _compare(span_model: SpanModel, name: str, seed: int) -> SelfTestReport:
     again = _run_in_chunks(span_model, hidden, positions, cache, (rest - 1, 1))
     twins = _run_in_chunks(span_model, hidden, positions, twin, (1,) * rest)
 
-    tolerance = _TOLERANCES.get(span_model.dtype, 5e-2)
+    tolerance = span_model.tolerance
     worst = 0.0
     for what, result, expected in (
         ("cached steps", stepwise, whole),

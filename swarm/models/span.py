@@ -11,31 +11,37 @@ Letters in shapes: B batch, T new tokens, P positions in the cache before this c
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from swarm.datatypes import Span
 from swarm.errors import BadInputError, UnsupportedModelError
-from swarm.models.anatomy import Anatomy, DummyInput, cut_config, derive_class, describe_architecture, keep_span
-from swarm.models.checkpoint import block_of_tensor
-from swarm.models.loading import load_model, model_class_of
+from swarm.models.anatomy import Anatomy, DummyInput, cut_config, describe_architecture
 from swarm.models.progress import ProgressReporter
 from swarm.models.span_cache import SpanCache
+from swarm.models.streaming import load_blocks
 from swarm.models.support import layer_types_of, unsupported_reason
+from swarm.weights.accounting import WeightAccount, count_weights
+from swarm.weights.choice import format_for, hidden_dtype_for
+from swarm.weights.precision import Precision
 
 if TYPE_CHECKING:
     from swarm.models.source import ModelSource
+    from swarm.weights.disk_cache import WeightCache
+    from swarm.weights.formats import WeightFormat
 
-__all__ = ["SpanModel", "load_span"]
+__all__ = ["SpanModel", "default_weight_cache", "load_span"]
 
 logger = logging.getLogger(__name__)
+
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class SpanModel(nn.Module):
@@ -45,11 +51,24 @@ class SpanModel(nn.Module):
     Calls from several threads wait for each other.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, *, span: Span, layer_types: tuple[str, ...]) -> None:
-        """Not for callers; use `load_span`."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        *,
+        span: Span,
+        layer_types: tuple[str, ...],
+        dtype: torch.dtype | None = None,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        """Not for callers; use `load_span`. `dtype` None takes that of the model's first parameter."""
         super().__init__()
         self.model = model
         self.span = span
+        self.dtype = model.dtype if dtype is None else dtype
+        """Of hidden states, and of all weights that are not in few bits."""
+        self.weight_format = weight_format
+        """How large matrices are stored; None where they are floats of `dtype`."""
         self.layer_types = layer_types
         """The kind of attention of each block of the span ("full_attention", "sliding_attention", …)."""
         # Outside the module registry: these are parts of self.model.
@@ -99,12 +118,26 @@ class SpanModel(nn.Module):
         return blocks
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    def precision(self) -> Precision | None:
+        """What is announced of the weights; None for floats that have no name there (fp16, fp64)."""
+        if self.weight_format is not None:
+            return self.weight_format.precision
+        return {torch.float32: Precision.FP32, torch.bfloat16: Precision.BF16}.get(self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two ways to compute the same hidden states may differ, relative to their size."""
+        if self.weight_format is not None:  # products round their inputs and outputs to 16 bit
+            return _TOLERANCES[torch.bfloat16]
+        return _TOLERANCES.get(self.dtype, _TOLERANCES[torch.bfloat16])
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def count_weights(self) -> WeightAccount:
+        """How many weights the blocks have, and how many bytes they take."""
+        return count_weights(self.blocks)
 
     @property
     def attention(self) -> str:
@@ -215,55 +248,72 @@ def load_span(
     source: ModelSource,
     span: Span,
     *,
-    dtype: torch.dtype = torch.float32,
+    weights: Precision | None = None,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     attention: str | None = None,
+    weight_cache: WeightCache | None = None,
+    double_quantised: bool = False,
     report: ProgressReporter | None = None,
 ) -> SpanModel:
-    """Build blocks [a, b) of a model, fetching and reading only their tensors.
+    """Build blocks [a, b) of a model, fetching and reading only their tensors, a few blocks at a time.
+
+    Takes no more memory than the result, the largest block, and half a GiB.
 
     Args:
         source: from `resolve_model`.
         span: within [0, source.num_blocks).
-        dtype: of weights and hidden states.
+        weights: how precisely large matrices are kept; None keeps them as floats of `dtype`.
+        dtype: of hidden states and of weights that are not in few bits. None takes fp32, or what suits
+            `weights` and the device.
         attention: name of the attention function; None takes the best one that the family supports.
-        report: told about downloads and conversions.
+        weight_cache: where blocks in few bits are kept for the next start; None keeps none.
+        double_quantised: quantise NF4's scales too (on CUDA).
+        report: told about downloads, conversions and loading.
 
     Raises:
         BadInputError: `span` reaches outside the model.
         UnsupportedModelError: the architecture would be run wrongly; the message names it and says why.
         ModelFilesError: files are missing or damaged, or lack tensors of these blocks.
         DownloadError: files could not be fetched.
+        MissingDependencyError: `weights` need a package on this device that is not installed.
     """
     if span.end > source.num_blocks:
         raise BadInputError(f"blocks {span} are outside {source.name}, which has blocks 0:{source.num_blocks}")
     reason = unsupported_reason(source.config)
     if reason is not None:
         raise UnsupportedModelError(reason)
+    weight_format = None
+    if weights is not None:
+        weight_format = format_for(weights, device, double_quantised=double_quantised)
+        dtype = dtype or hidden_dtype_for(weights, device)
+    dtype = dtype or torch.float32
 
-    config = copy.deepcopy(source.config)
-    layer_types = layer_types_of(config)[span.start : span.end]
-    found: list[Anatomy] = []
-
-    def cut(model: PreTrainedModel) -> None:
-        found.append(keep_span(model, model.config.get_text_config(decoder=True), span))
-
-    cls = derive_class(model_class_of(config, AutoModelForCausalLM), cut)
-    model = load_model(
+    layer_types = layer_types_of(source.config)[span.start : span.end]
+    model, anatomy = load_blocks(
         source,
-        cls,
-        config,
-        lambda name: block_of_tensor(name) in span,
+        span,
         dtype=dtype,
-        what=f"blocks {span}",
-        first_block=span.start,
+        device=torch.device(device),
+        weight_format=weight_format,
+        weight_cache=weight_cache,
         report=report,
     )
     cut_config(model.config.get_text_config(decoder=True), span)
-    model.requires_grad_(False)
-    nn.Module.to(model, torch.device(device))
-    loaded = SpanModel(model, found[-1], span=span, layer_types=layer_types)
+    loaded = SpanModel(model, anatomy, span=span, layer_types=layer_types, dtype=dtype, weight_format=weight_format)
     loaded.eval()
     if attention is not None:
         loaded.set_attention(attention)
     return loaded
+
+
+def default_weight_cache(cache_dir: Path | None = None, *, max_bytes: int | None = None) -> WeightCache:
+    """Where blocks in few bits are kept between starts: beside the converted models, see `default_cache_dir`.
+
+    Args:
+        max_bytes: None allows a fifth of the disk's free space, 0 keeps nothing.
+    """
+    from swarm.models.source import default_cache_dir
+    from swarm.weights.disk_cache import WeightCache
+
+    return WeightCache((cache_dir or default_cache_dir()) / "weights", max_bytes=max_bytes)
