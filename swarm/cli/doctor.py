@@ -14,6 +14,7 @@ from swarm.cli.terminal import json_only, print_json, results_console
 
 if TYPE_CHECKING:
     from swarm.cli.examination import Finding
+    from swarm.cli.examination_of_model import ModelReport
 
 __all__ = ["doctor"]
 
@@ -21,21 +22,23 @@ _STYLES = {"ok": "green", "warn": "yellow", "problem": "bold red"}
 
 
 def doctor(
-    join: OptionalJoinOption = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
+        typer.Argument(
             metavar="MODEL",
-            help="Also estimate how many of this model's blocks fit here, and who serves it at --join.",
+            help="Also say how much of this model fits here in each precision, and who serves it at --join.",
             show_default=False,
         ),
     ] = None,
+    join: OptionalJoinOption = None,
+    # How the model was named before it became an argument.
+    model_option: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Examine this machine: software, processor, memory, disk, ports, and with --join a swarm's address.
+    """Examine this machine: software, processor, memory, disk, ports; a model on it; and with --join a swarm's address.
 
+    No weights are loaded or fetched (only the demo model arrives whole).
     Every line is ok, warn or problem, with what to do about it. Exit code 1 when there is a problem.
     """
     prepare_process(verbose)
@@ -46,22 +49,27 @@ def doctor(
         with TerminalProgress() as progress:
             progress.start("Examining this machine", None, "")
             from swarm.cli.examination import examine_machine
-            from swarm.cli.examination_of_swarm import examine_address, examine_model
+            from swarm.cli.examination_of_model import examine_model
+            from swarm.cli.examination_of_swarm import examine_address
 
             findings = examine_machine()
-            source = None
+            model = model or model_option
+            fit: ModelReport | None = None
             if model is not None:
                 progress.start(f"Looking at {model}", None, "")
-                source, finding = examine_model(model, progress)
+                fit, finding = examine_model(model, progress, wants_identity=bool(join))
                 findings.append(finding)
             for address in join or ():
                 progress.start(f"Reaching {address}", None, "")
-                findings += examine_address(address, source)
+                findings += examine_address(address, fit.source if fit is not None else None)
         has_problem = any(finding.verdict == "problem" for finding in findings)
         if json:
-            print_json({"ok": not has_problem, "checks": [finding.to_json() for finding in findings]})
+            report = {"ok": not has_problem, "checks": [finding.to_json() for finding in findings]}
+            print_json(report | ({"model": fit.to_json()} if fit is not None else {}))
         else:
             _print_findings(findings)
+            if fit is not None:
+                _print_fit(fit)
         if has_problem:
             raise typer.Exit(FAILURE)
 
@@ -77,3 +85,25 @@ def _print_findings(findings: list[Finding]) -> None:
         if finding.advice:
             # Unbroken lines: commands in them are copied.
             console.print(Text(f"{'':8}{'':{width}}  → {finding.advice}", style="italic"), soft_wrap=True)
+
+
+def _print_fit(report: ModelReport) -> None:
+    from rich.table import Table
+
+    num_blocks = report.num_blocks
+    table = Table(title=f"{report.name} on {report.device}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("--weights")
+    for heading in ("MiB per block", "blocks that fit", "KV tokens beside them"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in report.rows:
+        table.add_row(
+            row.weights,
+            "-" if row.block_bytes is None else f"{row.block_bytes / 2**20:,.1f}",
+            f"{row.num_blocks} of {num_blocks}",
+            f"{row.kv_tokens:,}" if row.num_blocks else "-",
+            "" if row.num_blocks else row.sentence,
+        )
+    console = results_console()
+    console.print()
+    console.print(table)

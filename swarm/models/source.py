@@ -19,7 +19,7 @@ from swarm.models.progress import ProgressReporter, SilentProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["DEMO_MODEL", "ModelSource", "default_cache_dir", "load_tokenizer", "resolve_model"]
+__all__ = ["DEMO_MODEL", "ModelSource", "default_cache_dir", "load_tokenizer", "read_config", "resolve_model"]
 
 DEMO_MODEL = "smollm2-135m-instruct"
 """The built-in model, which needs neither an account nor a hub."""
@@ -117,6 +117,21 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, report: ProgressR
         model_hash=model_hash,
         location=location,
     )
+
+
+def read_config(
+    name: str, *, cache_dir: Path | None = None, report: ProgressReporter | None = None
+) -> PreTrainedConfig:
+    """The config of any model that `resolve_model` finds; its weights are neither identified nor looked for.
+
+    Raises: as `resolve_model`.
+    """
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # a folder with a config.json is enough
+        return _read_config(name, path.resolve())
+    with _disk_errors(name):
+        folder = _locate(name, cache_dir or default_cache_dir(), report or SilentProgress()).folder
+    return _read_config(name, folder)
 
 
 def load_tokenizer(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from swarm.cli import examination
 from swarm.cli.app import run
 from swarm.cli.examination import Finding, judge_packages
-from swarm.cli.examination_of_swarm import BlockNeeds, blocks_that_fit
-
-GIB = 2**30
+from swarm.cli.examination_of_model import PrecisionRow, judge_fit
+from tests.tiny_models import NUM_BLOCKS, build_tiny_config
 
 
 def test_packages_are_compared_with_what_is_required() -> None:
@@ -36,16 +36,45 @@ def test_packages_of_an_extra_count_when_asked_for() -> None:
     assert judge_packages(required, lambda package: None, extra="dht") == (["hivemind"], [])
 
 
-@pytest.mark.parametrize(
-    ("memory_bytes", "num_fit", "has_room"), [(GIB // 100, 0, False), (10 * GIB, 6, True), (1000 * GIB, 32, True)]
-)
-def test_estimate_of_blocks_leaves_room_for_the_cache(memory_bytes: int, num_fit: int, has_room: bool) -> None:
-    """Blocks without room for anybody's tokens would serve nobody."""
-    needs = BlockNeeds(weight_bytes=GIB, kv_bytes_per_token=8192)
-    fit, num_tokens = blocks_that_fit(memory_bytes, 32, needs)
-    assert fit == num_fit
-    assert (num_tokens > 0) == has_room
-    assert fit * (needs.weight_bytes + num_tokens * needs.kv_bytes_per_token) <= memory_bytes
+def make_row(weights: str, num_blocks: int) -> PrecisionRow:
+    return PrecisionRow(
+        weights=weights,
+        block_bytes=2**20,
+        num_blocks=num_blocks,
+        kv_bytes=2**20,
+        kv_tokens=1000,
+        sentence=f"{num_blocks} blocks in {weights}",
+    )
+
+
+def test_a_model_is_judged_by_the_most_precise_way_to_hold_all_of_it() -> None:
+    """People want one command to copy; fewer bits only where they hold more."""
+    rows = [make_row("fp32", 4), make_row("bf16", 8), make_row("int8", 8), make_row("nf4", 8)]
+    finding = judge_fit("m", 8, rows)
+    assert (finding.verdict, finding.seen) == ("ok", "m: 8 blocks in bf16")
+    assert finding.advice == "swarm serve m --weights bf16"
+    partly = judge_fit("m", 80, rows[:2])
+    assert partly.advice == "swarm serve m --weights bf16 --num-blocks 8"
+    assert judge_fit("m", 80, [make_row("nf4", 0)]).verdict == "problem"
+
+
+def test_a_model_is_examined_without_its_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether 140 GB fit is asked before they are downloaded: a config.json must be enough."""
+    monkeypatch.setattr(examination, "examine_machine", list)
+    build_tiny_config("llama").save_pretrained(tmp_path / "model")
+    assert run(["doctor", str(tmp_path / "model"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"]["num_blocks"] == NUM_BLOCKS
+    fits = {row["weights"]: row for row in report["model"]["fits"]}
+    assert list(fits) == ["fp32", "bf16", "int8", "nf4"]
+    assert fits["fp32"]["num_blocks"] == NUM_BLOCKS
+    assert fits["fp32"]["kv_tokens"] > 0
+    run(["doctor", "--model", str(tmp_path / "model")])
+    shown = capsys.readouterr().out
+    assert "blocks that fit" in shown
+    assert "6 of 6" in shown
 
 
 def test_this_machine_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
