@@ -1,81 +1,36 @@
-"""The life of a server: join, choose blocks, load, check, announce, serve, drain, leave."""
+"""The life of a server: join, choose blocks, load, announce, serve, move, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from swarm.datatypes import ServerInfo, ServerState, Span
-from swarm.errors import BadInputError, UnsupportedModelError
-from swarm.server.engine.engine import Engine, SpanBackend
+from swarm.errors import BadInputError, FinalError
+from swarm.server.draining import drain
+from swarm.server.hosting import Hosting, free_memory, load_hosting
+from swarm.server.moving import MayLeave, MoveOutcome, Mover, choose_with_others
+from swarm.server.node_config import NodeConfig
+from swarm.server.preparing import Workplace, find_workplace
+from swarm.server.presence import Presence, announced_address, describe_joining, join_dht
 from swarm.server.rpc.service import NodeService
-from swarm.server.rpc.sessions import HostedModel, SessionLimits, SessionTable
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
 
     from swarm.discovery.registry import Registry
     from swarm.identity import Identity
-    from swarm.models import ModelSource, SpanModel
+    from swarm.models import ModelSource
     from swarm.models.progress import ProgressReporter
+    from swarm.routing.rebalancing import Move
+    from swarm.server.engine.engine import Engine
+    from swarm.server.rpc.sessions import SessionTable
 
 __all__ = ["Node", "NodeConfig"]
 
 logger = logging.getLogger(__name__)
-_UNLIMITED_POSITIONS = 2**20
-"""For models that state no context length (bloom); memory is the limit then."""
-_PACKED_SHARE = 0.125
-"""Part of the memory still free that packed copies of weights may take."""
-_WEIGHTS = ("auto", "fp32", "bf16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeConfig:
-    """How to run a server."""
-
-    span: Span | None = None
-    """Blocks to serve; None lets the server choose those the swarm lacks most."""
-    num_blocks: int | None = None
-    """How many blocks to serve when it chooses; None: all of the model."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    weights: str = "auto"
-    """Precision of the weights."""
-    kv_policy: str = "none"
-    kv_memory_bytes: int = 2**30
-    """Memory for keys and values."""
-    host: str = "0.0.0.0"
-    """Address to listen on; what is announced is derived from it unless announce_host is given."""
-    announce_host: str | None = None
-    """Host name or address that others can reach this server at."""
-    port: int = 0
-    """gRPC port; 0 picks a free one."""
-    dht_port: int = 0
-    """DHT port; 0 picks a free one."""
-    join: Sequence[str] = ()
-    """Addresses of the swarm; empty starts a new one."""
-    identity_path: Path | None = None
-    """Key file; None makes a fresh identity."""
-    announce_period_s: float = 5.0
-    """A record lives for two periods, so a dead server is forgotten after at most that."""
-    drain_timeout_s: float = 60.0
-    """How long a leaving server lets its sessions finish."""
-    num_threads: int | None = None
-    """CPU threads for computing; None leaves it to torch."""
-    limits: SessionLimits = field(default_factory=SessionLimits)
-
-    def __post_init__(self) -> None:
-        if self.weights not in _WEIGHTS:
-            raise BadInputError(f"--weights {self.weights} is not offered yet; choose one of {', '.join(_WEIGHTS)}")
-        if self.kv_policy != "none":
-            raise BadInputError(f"--kv {self.kv_policy} is not offered yet; use --kv none")
-        if self.span is not None and self.num_blocks is not None:
-            raise BadInputError("give either --blocks or --num-blocks, not both")
 
 
 class Node:
@@ -90,11 +45,19 @@ class Node:
         self._config = config
         self._info: ServerInfo | None = None
         self._registry = registry
-        self._engine: Engine | None = None
-        self._sessions: SessionTable | None = None
+        self._hosting: Hosting | None = None
+        self._workplace: Workplace | None = None
+        self._num_fitting = source.num_blocks
+        """The most blocks it may hold when its operator has not said."""
         self._service: NodeService | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._announce_now = asyncio.Event()
+        self._moving: asyncio.Task[None] | None = None
+        self._failure: FinalError | None = None
+        self._has_failed = asyncio.Event()
+        self.why = "its operator says so"
+        """Why it began with the blocks it did, as half a sentence."""
+        self.on_moved: Callable[[Span, Move], None] = lambda left, move: None
+        """Told after each move which blocks were left, and what for."""
+        self._presence: Presence | None = None
         self._is_leaving = asyncio.Event()
 
     @property
@@ -102,11 +65,28 @@ class Node:
         """What this server announces now. Raises RuntimeError before start."""
         if self._info is None:
             raise RuntimeError("the server has not started")
-        if self._sessions is None or self._engine is None or self._info.state is ServerState.JOINING:
+        if self._hosting is None or self._info.state is ServerState.JOINING:
             return self._info  # it has no totals yet that free tokens could be a part of
-        return replace(
-            self._info, num_sessions=self._sessions.num_sessions, kv_tokens_free=self._engine.num_tokens_free
-        )
+        sessions, engine = self._hosting.sessions, self._hosting.engine
+        return replace(self._info, num_sessions=sessions.num_sessions, kv_tokens_free=engine.num_tokens_free)
+
+    @property
+    def _sessions(self) -> SessionTable | None:
+        return self._hosting.sessions if self._hosting is not None else None
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._hosting.engine if self._hosting is not None else None
+
+    @property
+    def plan(self) -> str:
+        """What was put where, in one sentence; empty before blocks are loaded."""
+        return self._hosting.plan if self._hosting is not None else ""
+
+    @property
+    def weights_reason(self) -> str:
+        """Why weights have the precision they have; empty when its operator said so."""
+        return self._workplace.reason if self._workplace is not None else ""
 
     def join_addresses(self) -> list[str]:
         """What others pass to --join, DHT addresses first."""
@@ -122,83 +102,79 @@ class Node:
             raise
 
     async def _start(self, report: ProgressReporter | None) -> None:
-        config, source = self._config, self._source
+        config = self._config
         self._check_asked_blocks()
+        self._workplace = await asyncio.to_thread(find_workplace, self._source, config)
+        if config.span is None and config.num_blocks is None:
+            self._num_fitting = await asyncio.to_thread(self._workplace.count_fitting, self._source, config)
+        self._is_first = self._registry is None and not config.join
         if self._registry is None:
-            self._registry = await self._join()
-        span = await self._choose_span()
-        # At once, so that others who start now choose other blocks.
-        self._info = self._joining_info(span)
-        await self._announce()
-        self._tasks.append(asyncio.create_task(self._announce_forever(), name="announce"))
-        model = await asyncio.to_thread(self._load, span, report)
-        from swarm.server.engine.choosing import choose_backend
+            self._registry = await join_dht(self._identity, config)
+        self._info = describe_joining(self._source, config, peer_id=self._identity.peer_id)
+        self._presence = Presence(self._registry, lambda: self.info, period_s=config.announce_period_s)
+        await self._choose_blocks()
+        self._service = self._new_service()
+        # Before loading: a port that is taken is better known at once.
+        port = await self._service.start(config.host, config.port)
+        self._info = replace(self._info, addresses=[announced_address(config, port=port)])
+        self._host(await self._load(self._info.span, report))
+        await self._presence.announce()
+        if config.moves:
+            self._moving = asyncio.create_task(self._move_forever(), name="move")
 
-        chosen = await asyncio.to_thread(choose_backend, model, memory_bytes=config.kv_memory_bytes)
-        # Before the engine's thread owns the backend.
-        tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, model, chosen.backend)
-        hosted = HostedModel(
-            model_hash=source.model_hash,
-            span=span,
-            hidden_size=model.hidden_size,
-            max_positions=source.max_positions or _UNLIMITED_POSITIONS,
-            kv_policy=config.kv_policy,
-            peer_id=self._identity.peer_id,
+    async def _choose_blocks(self) -> None:
+        """Settle on the blocks and announce them before they are loaded, so that others who start choose others."""
+        config, source = self._config, self._source
+        if config.span is not None:
+            await self.announce_span(config.span, is_choosing=False)
+            return
+        # The first of a new swarm has nobody to wait for.
+        settle_s = 0.0 if self._is_first else config.settle_s
+        chosen = await choose_with_others(
+            self, self._room, source.num_blocks, least=self._config.num_blocks or 1, settle_s=settle_s
         )
-        self._engine = Engine(chosen.backend)
-        self._engine.start()
-        self._sessions = SessionTable(hosted, self._engine, config.limits)
+        self.why = chosen.why
+
+    @property
+    def _room(self) -> int:
+        """The most blocks to hold."""
+        return self._config.num_blocks or self._num_fitting
+
+    async def _load(self, span: Span, report: ProgressReporter | None = None) -> Hosting:
+        assert self._workplace is not None
+        return await load_hosting(
+            self._source, span, self._config, self._workplace, peer_id=self._identity.peer_id, report=report
+        )
+
+    def _new_service(self) -> NodeService:
         from swarm.discovery import CachedRegistry
         from swarm.discovery.lookup_service import answer_lookup
 
+        assert self._registry is not None
         registry = CachedRegistry(self._registry)  # anyone may ask, and each look-up reads many keys
 
         async def lookup(request: bytes) -> bytes:
             return await answer_lookup(registry, request)
 
-        self._service = NodeService(
-            model=hosted,
-            sessions=self._sessions,
-            engine=self._engine,
-            describe=lambda: self.info,
-            answer_lookup=lookup,
-            join_addresses=self.join_addresses,
-        )
-        port = await self._service.start(config.host, config.port)
+        return NodeService(describe=lambda: self.info, answer_lookup=lookup, join_addresses=self.join_addresses)
+
+    def _host(self, hosting: Hosting) -> None:
+        """Serve what has been loaded."""
+        assert self._info is not None
+        assert self._service is not None
+        self._hosting = hosting
+        hosting.on_broken = self._fail
+        self._service.host(hosting)
         self._info = replace(
             self._info,
+            span=hosting.span,
             state=ServerState.ONLINE,
-            weights=_weights_name(model),
-            kv_tokens_free=self._engine.num_tokens_free,
-            kv_tokens_total=self._engine.num_tokens_total,
-            tokens_per_s=tokens_per_s,
-            addresses=[_with_port(self._announced_host(), port)],
-        )
-        await self._announce()
-        self._tasks.append(asyncio.create_task(self._close_abandoned_forever(), name="close-abandoned"))
-
-    def _joining_info(self, span: Span) -> ServerInfo:
-        source = self._source
-        return ServerInfo(
-            peer_id=self._identity.peer_id,
-            model_hash=source.model_hash,
-            model_name=source.name,
-            num_blocks=source.num_blocks,
-            span=span,
-            state=ServerState.JOINING,
-            weights=self._config.weights,
-            kv_policy=self._config.kv_policy,
-            version=_version(),
-        )
-
-    async def _join(self) -> Registry:
-        from swarm.discovery.dht import DhtRegistry
-        from swarm.discovery.lookup_client import find_dht_addresses
-
-        config = self._config
-        initial_peers = await find_dht_addresses(config.join, timeout_s=10.0)
-        return await DhtRegistry.start(
-            self._identity, host=config.host, port=config.dht_port, initial_peers=initial_peers
+            weights=hosting.weights,
+            kv_tokens_free=hosting.engine.num_tokens_free,
+            kv_tokens_total=hosting.engine.num_tokens_total,
+            tokens_per_s=hosting.tokens_per_s,
+            moving_to=None,
+            adapters=hosting.model.adapters,
         )
 
     def _check_asked_blocks(self) -> None:
@@ -211,165 +187,172 @@ class Node:
         if config.num_blocks is not None and not 1 <= config.num_blocks <= source.num_blocks:
             raise BadInputError(f"--num-blocks {config.num_blocks} is outside 1..{source.num_blocks} of {source.name}")
 
-    async def _choose_span(self) -> Span:
-        """The blocks asked for, or those that are served least."""
-        from swarm.routing.placement import choose_span
+    # -- moving ------------------------------------------------------------------------------------
 
-        config, source = self._config, self._source
-        if config.span is not None:
-            return config.span
+    async def look_up(self) -> list[ServerInfo]:
+        """See Movable."""
         assert self._registry is not None
-        servers = await self._registry.lookup(source.model_hash, source.num_blocks)
-        return choose_span(servers, source.num_blocks, config.num_blocks or source.num_blocks)
+        return await self._registry.lookup(self._source.model_hash, self._source.num_blocks)
 
-    def _load(self, span: Span, report: ProgressReporter | None) -> SpanModel:
-        """Load and check the blocks. Raises UnsupportedModelError when they would be served wrongly."""
-        import torch
+    async def announce_span(self, span: Span, *, is_choosing: bool) -> None:
+        """See Movable."""
+        await self._announce_as(replace(self.info, span=span, is_choosing=is_choosing))
+        assert self._presence is not None
+        self._presence.keep_announcing()  # choosing takes several looks, and a record lives for two periods
 
-        from swarm.models import check_span, load_span
+    async def announce_wish(self, wish: Span | None) -> None:
+        """See Movable."""
+        await self._announce_as(replace(self.info, moving_to=wish))
 
-        if self._config.num_threads is not None:
-            torch.set_num_threads(self._config.num_threads)
-        device = _choose_device(self._config.device)
-        dtype = _choose_dtype(self._config.weights, device)
-        model = load_span(self._source, span, dtype=dtype, device=device, report=report)
-        verdict = check_span(model)
-        if not verdict.ok:
-            raise UnsupportedModelError(f"{self._source.name} is not served: {verdict.reason}")
-        if model.device.type == "cpu":
-            import psutil
+    async def _announce_as(self, info: ServerInfo) -> None:
+        assert self._presence is not None
+        self._info = info
+        await self._presence.announce()
 
-            from swarm.server.engine.packed_linear import pack_large_linears
+    def _announce_soon(self, info: ServerInfo) -> None:
+        assert self._presence is not None
+        self._info = info
+        self._presence.announce_soon()
 
-            pack_large_linears(model, max_bytes=int(psutil.virtual_memory().available * _PACKED_SHARE))
-        return model
+    async def _move_forever(self) -> None:
+        config = self._config
+        mover = Mover(
+            self,
+            room=self._room,
+            least=config.num_blocks or 1,
+            period_s=config.rebalance_period_s,
+            announce_period_s=config.announce_period_s,
+            on_moved=lambda left, move: self.on_moved(left, move),
+        )
+        try:
+            await mover.run()
+        except FinalError as error:
+            self._fail(error)
+        except Exception:  # a bug of ours; the blocks are served as before
+            logger.exception("this server does not move any more")
 
-    def _announced_host(self) -> str:
-        from swarm.discovery.addresses import advertised_host
+    def _fail(self, error: FinalError) -> None:
+        """This server can not go on; whoever runs it is told."""
+        self._failure = error
+        self._has_failed.set()
 
-        return self._config.announce_host or advertised_host(self._config.host)
+    async def change_blocks(self, span: Span, may_leave: MayLeave) -> MoveOutcome:
+        """See Movable. Raises FinalError when neither the new blocks nor the old ones could be loaded."""
+        hosting = self._hosting
+        assert hosting is not None
+        stays = replace(self.info, moving_to=None)
+        try:
+            self._announce_soon(replace(stays, state=ServerState.DRAINING, moving_to=span))
+            await self._empty(hosting)
+            is_free = await may_leave()
+        except Exception:
+            hosting.sessions.stop_draining()
+            self._announce_soon(stays)
+            raise
+        if not is_free:
+            hosting.sessions.stop_draining()
+            self._announce_soon(stays)
+            return MoveOutcome.STAYED
+        del hosting  # the last but one reference to weights and pages, which must be gone before others are loaded
+        return await self._reload(stays, span)
 
-    # -- while serving -------------------------------------------------------------------------
-
-    async def _announce(self) -> None:
-        assert self._registry is not None
-        await self._registry.announce(self.info, ttl_s=2 * self._config.announce_period_s)
-
-    async def _announce_forever(self) -> None:
-        while True:
+    async def _reload(self, stays: ServerInfo, span: Span) -> MoveOutcome:
+        """Load other blocks in place of those of `stays`, or these again if that fails."""
+        problems: list[str] = []
+        await self._unload()
+        for target in (span, stays.span):
+            # What others may expect of it there, until it has measured itself.
+            tokens_per_s = stays.tokens_per_s * len(stays.span) / len(target)
+            self._announce_soon(
+                replace(
+                    stays,
+                    state=ServerState.JOINING,
+                    span=target,
+                    moving_to=target,
+                    tokens_per_s=tokens_per_s,
+                    kv_tokens_free=0,
+                    kv_tokens_total=0,
+                    num_sessions=0,
+                )
+            )
             try:
-                async with asyncio.timeout(self._config.announce_period_s):
-                    await self._announce_now.wait()
-            except TimeoutError:
-                pass
-            self._announce_now.clear()
-            try:
-                await self._announce()
-            except Exception as error:  # the next period tries again; sessions do not depend on it
-                logger.warning("could not announce: %s", error)
+                self._host(await self._load(target))
+            except Exception as error:  # whatever it is, the blocks left are still there to go back to
+                logger.warning("could not load blocks %s: %s", target, error)
+                problems.append(f"blocks {target}: {error}")
+            else:
+                self._announce_soon(self.info)
+                return MoveOutcome.MOVED if target == span else MoveOutcome.WENT_BACK
+        raise FinalError(
+            f"this server could load neither its new blocks nor the old ones again ({'; '.join(problems)})"
+        )
 
-    async def _close_abandoned_forever(self) -> None:
-        assert self._sessions is not None
-        while True:
-            await asyncio.sleep(1.0)
-            await self._sessions.close_abandoned()
+    async def _unload(self) -> None:
+        assert self._service is not None
+        assert self._hosting is not None
+        await self._hosting.sessions.shutdown()
+        await self._service.unhost()
+        await self._hosting.close()
+        self._hosting = None
+        await asyncio.to_thread(free_memory)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether it serves nothing yet, or is between two spans; a thread may then be busy for minutes more."""
+        return self._hosting is None
+
+    async def wait_until_failed(self) -> FinalError:
+        """Returns when the server serves nothing any more and can not help itself; then it is to be left."""
+        await self._has_failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    # -- leaving -----------------------------------------------------------------------------------
 
     async def drain(self) -> None:
         """Take no new sessions, let those that are open finish until the deadline, then leave."""
-        if self._sessions is None or self._info is None:
-            await self.leave()
-            return
-        self._sessions.is_draining = True
-        self._info = replace(self._info, state=ServerState.DRAINING)
-        self._announce_now.set()
-        deadline_s = time.monotonic() + self._config.drain_timeout_s
-        while self._sessions.num_sessions and time.monotonic() < deadline_s and not self._is_leaving.is_set():
-            await asyncio.sleep(0.1)
+        await self._stop_moving()
+        if self._hosting is not None and self._info is not None and not self._is_leaving.is_set():
+            self._announce_soon(replace(self._info, state=ServerState.DRAINING, moving_to=None))
+            await self._empty(self._hosting)
         if not self._is_leaving.is_set():
             await self.leave()
+
+    async def _empty(self, hosting: Hosting) -> None:
+        """Take no new sessions, hand over those that others can take; until none is left, or the deadline."""
+        draining = asyncio.create_task(
+            drain(hosting, self.look_up, own=self.info, timeout_s=self._config.drain_timeout_s), name="drain"
+        )
+        leaving = asyncio.create_task(self._is_leaving.wait(), name="leaving")
+        try:
+            await asyncio.wait({draining, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if draining.done() and (error := draining.exception()) is not None:
+                logger.error("draining failed; sessions that are left are closed", exc_info=error)
+        finally:
+            draining.cancel()
+            leaving.cancel()
+            await asyncio.gather(draining, leaving, return_exceptions=True)
+
+    async def _stop_moving(self) -> None:
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.gather(self._moving, return_exceptions=True)
 
     async def leave(self) -> None:
         """Stop serving at once and withdraw; harmless when repeated."""
         if self._is_leaving.is_set():
             return
         self._is_leaving.set()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._registry is not None and self._info is not None:
-            self._info = replace(self._info, state=ServerState.OFFLINE)
-            try:
-                async with asyncio.timeout(3.0):
-                    await self._registry.withdraw(self.info)
-            except Exception as error:  # the record expires by itself
-                logger.info("could not withdraw: %s", error)
-        if self._sessions is not None:
-            await self._sessions.shutdown()
+        await self._stop_moving()
+        if self._presence is not None and self._info is not None:
+            await self._presence.end()
+            self._info = replace(self._info, state=ServerState.OFFLINE, moving_to=None)
+            await self._presence.withdraw()
+        if self._hosting is not None:
+            await self._hosting.sessions.shutdown()
         if self._service is not None:
             await self._service.stop()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+        if self._hosting is not None:
+            await self._hosting.close()
         if self._registry is not None:
             await self._registry.close()
-
-
-def _choose_device(name: str) -> str:
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda:0" if has_cuda else "cpu"
-    if name == "cpu":
-        return name
-    if not name.startswith("cuda"):
-        raise BadInputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N")
-    if not has_cuda:
-        raise BadInputError(f"--device {name} was asked for, but torch sees no CUDA device; use --device cpu")
-    return "cuda:0" if name == "cuda" else name
-
-
-def _choose_dtype(weights: str, device: str) -> torch.dtype:
-    import torch
-
-    if weights == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
-
-
-def _weights_name(model: SpanModel) -> str:
-    return {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(model.dtype)]
-
-
-def measure_tokens_per_s(model: SpanModel, backend: SpanBackend, *, num_steps: int = 7) -> float:
-    """Single-stream decoding speed of a span: the median of a few steps after a first one."""
-    import torch
-
-    from swarm.server.engine.work import StepWork
-    from swarm.server.session_mirror import SequenceStep
-
-    session = (b"measure", 1)
-    times_s: list[float] = []
-    for position in range(num_steps + 1):
-        hidden = torch.zeros(1, model.hidden_size)
-        work = StepWork(session, model.span, [SequenceStep(0, 0, position, 1)], hidden, lambda output, error: None)
-        started_s = time.perf_counter()
-        (result,) = backend.run_steps([work])
-        if not isinstance(result, torch.Tensor):
-            raise result if isinstance(result, BaseException) else RuntimeError("an idle server has no room")
-        float(result.sum())  # waits for a GPU
-        times_s.append(time.perf_counter() - started_s)
-    backend.forget(session)
-    return round(1.0 / sorted(times_s[1:])[num_steps // 2], 2)
-
-
-def _with_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("swarm-inference")
-    except PackageNotFoundError:
-        return "0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NewType
@@ -10,6 +11,8 @@ from typing import NewType
 from swarm.errors import BadInputError
 
 __all__ = [
+    "AdapterHash",
+    "AdapterInfo",
     "Hop",
     "ModelHash",
     "PeerId",
@@ -26,6 +29,12 @@ PeerId = NewType("PeerId", str)
 
 ModelHash = NewType("ModelHash", str)
 """Hex digest over a model's config and weights; servers of different hashes are never mixed."""
+
+AdapterHash = NewType("AdapterHash", str)
+"""Hex digest over a LoRA adapter's settings and tensors, 32 digits."""
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", re.ASCII)
+_ADAPTER_HASH = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 class ServerState(enum.Enum):
@@ -65,6 +74,25 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """A LoRA adapter that a server offers; sessions choose one by name."""
+
+    name: str
+    """Chosen by the operator: 1 to 32 letters, digits, dots, dashes and underscores."""
+    adapter_hash: AdapterHash
+    """Which adapter it is, exactly; the same name may stand for different ones on different servers."""
+
+    def __post_init__(self) -> None:
+        if _ADAPTER_NAME.fullmatch(self.name) is None:
+            raise BadInputError(
+                f"{self.name[:80]!r} can not name an adapter; use 1 to 32 letters, digits, '.', '-' and '_', "
+                "the first of them a letter or digit"
+            )
+        if _ADAPTER_HASH.fullmatch(self.adapter_hash) is None:
+            raise BadInputError(f"{self.adapter_hash[:80]!r} is no adapter hash, which has 32 lower-case hex digits")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerInfo:
     """What a server announces about itself."""
 
@@ -96,9 +124,17 @@ class ServerInfo:
     """gRPC addresses `host:port` where it can be reached, best first."""
     version: str = ""
     """Software version."""
+    moving_to: Span | None = None
+    """Blocks it wants to hold instead: a wish while it is ONLINE, under way while it is DRAINING or JOINING."""
+    is_choosing: bool = False
+    """Whether it may still take other blocks before it loads them; only while it is JOINING."""
+
+    adapters: Sequence[AdapterInfo] = ()
+    """LoRA adapters that sessions may choose."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "addresses", tuple(self.addresses))
+        object.__setattr__(self, "adapters", tuple(self.adapters))
 
 
 @dataclass(frozen=True, kw_only=True)

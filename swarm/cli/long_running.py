@@ -14,7 +14,7 @@ from swarm.cli.failures import INTERRUPTED
 from swarm.cli.parent_watch import ParentWatch
 from swarm.cli.terminal import say
 
-__all__ = ["Orders", "run_until_told", "say_how_to_stop", "wait_for_orders"]
+__all__ = ["Orders", "end_process", "run_until_told", "say_how_to_stop", "wait_for_orders"]
 
 _CLEAN_UP_TIMEOUT_S: Final = 10.0
 
@@ -53,7 +53,7 @@ class Orders:
         if not starting.done():
             starting.cancel()
             await asyncio.wait((starting,), timeout=_CLEAN_UP_TIMEOUT_S)
-            _end_process(INTERRUPTED)
+            end_process(INTERRUPTED)
         return starting.result()
 
     async def _wait_for(self, num_orders: int) -> None:
@@ -98,7 +98,7 @@ def say_how_to_stop(what_ctrl_c_does: str) -> None:
         say(f"Ctrl-C {what_ctrl_c_does}.", style="dim")
 
 
-def _end_process(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """End without waiting for threads: one may load a model for minutes more, and can not be told to stop."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli.failures import INTERRUPTED
-from swarm.cli.long_running import Orders, run_until_told, say_how_to_stop, wait_for_orders
+from swarm.cli.long_running import Orders, end_process, run_until_told, say_how_to_stop, wait_for_orders
 from swarm.cli.open_client import check_join_addresses
 from swarm.cli.options import (
     ExitWithParentOption,
@@ -20,6 +20,7 @@ from swarm.cli.options import (
     ModelArgument,
     OptionalJoinOption,
     VerboseOption,
+    parse_adapters,
     parse_blocks,
 )
 from swarm.cli.parent_watch import ParentWatch
@@ -52,7 +53,7 @@ def serve(
             "--blocks",
             metavar="A:B",
             help="Serve blocks A up to but not including B.",
-            show_default="those that the swarm lacks most",
+            show_default="those that help the swarm most",
             rich_help_panel=_SHARING,
         ),
     ] = None,
@@ -61,31 +62,61 @@ def serve(
         typer.Option(
             "--num-blocks",
             metavar="N",
-            help="Serve N blocks, those that the swarm lacks most.",
-            show_default="all",
+            help="Serve N blocks, those that help the swarm most.",
+            show_default="as many as help most",
             rich_help_panel=_SHARING,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to compute.", rich_help_panel=_SHARING)
+        str,
+        typer.Option(
+            "--device",
+            metavar="auto|cpu|cuda:N",
+            help="Where to compute; cuda:0,cuda:1 share the blocks.",
+            rich_help_panel=_SHARING,
+        ),
     ] = "auto",
     weights: Annotated[
         str,
         typer.Option(
             "--weights",
-            metavar="auto|fp32|bf16",
-            help="Precision of the weights; auto is bf16 on CUDA, fp32 elsewhere.",
+            metavar="auto|fp32|bf16|int8|nf4",
+            help="Precision of the weights; auto is nf4 on a GPU, and on a CPU what keeps them as they were published.",
             rich_help_panel=_SHARING,
         ),
     ] = "auto",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Serve more blocks than fit: the others stream in from main memory or disk, which is slow.",
+            rich_help_panel=_SHARING,
+        ),
+    ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=FOLDER",
+            help="Offer a LoRA adapter in PEFT's format, which clients choose by this name; may be repeated.",
+            show_default=False,
+            rich_help_panel=_SHARING,
+        ),
+    ] = None,
     kv: Annotated[
         str,
         typer.Option("--kv", metavar="none", help="How the KV cache is compressed.", rich_help_panel=_SHARING),
     ] = "none",
     kv_memory: Annotated[
-        str,
-        typer.Option("--kv-memory", metavar="SIZE", help="Memory for the KV cache.", rich_help_panel=_SHARING),
-    ] = "1GiB",
+        str | None,
+        typer.Option(
+            "--kv-memory",
+            metavar="SIZE",
+            help="Memory for the KV cache.",
+            show_default="1GiB; on a GPU what the blocks leave",
+            rich_help_panel=_SHARING,
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -121,6 +152,18 @@ def serve(
             rich_help_panel=_NETWORK,
         ),
     ] = 0,
+    announce_port: Annotated[
+        int | None,
+        typer.Option(
+            "--announce-port",
+            metavar="PORT",
+            min=1,
+            max=65535,
+            help="Port by which others reach --port, behind a port forward or a proxy.",
+            show_default="the same",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     dht_port: Annotated[
         int,
         typer.Option(
@@ -142,13 +185,24 @@ def serve(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    rebalance_period: Annotated[
+        float,
+        typer.Option(
+            "--rebalance-period",
+            metavar="SECONDS",
+            min=0.0,
+            help="How often to ask whether other blocks would help the swarm more, and move there; 0: never. Only"
+            " without --blocks.",
+            rich_help_panel=_SHARING,
+        ),
+    ] = 300.0,
     drain_timeout: Annotated[
         float,
         typer.Option(
             "--drain-timeout",
             metavar="SECONDS",
             min=0.0,
-            help="How long to let open sessions finish when leaving.",
+            help="How long to let open sessions finish when leaving or moving.",
             rich_help_panel=_NETWORK,
         ),
     ] = 60.0,
@@ -180,15 +234,19 @@ def serve(
                 num_blocks=num_blocks,
                 device=device,
                 weights=weights,
+                offload=offload,
+                adapters=parse_adapters(adapter or ()),
                 kv_policy=kv,
-                kv_memory_bytes=parse_memory_bytes(kv_memory),
+                kv_memory_bytes=parse_memory_bytes(kv_memory) if kv_memory is not None else None,
                 host=host,
                 announce_host=announce_host,
+                announce_port=announce_port,
                 port=port,
                 dht_port=dht_port,
                 join=join,
                 identity_path=identity,
                 drain_timeout_s=drain_timeout,
+                rebalance_period_s=rebalance_period,
                 num_threads=threads,
             )
             own_identity = _open_identity(identity)
@@ -226,8 +284,25 @@ async def _serve(
         print_json(_ready_object(node))
     else:
         _print_banner(node, source)
-    await orders.first()
+    node.on_moved = lambda left, move: say(f"Moved from blocks {left} {move}.")
+    await _until_ordered(node, orders)
     await _leave(node, orders, drain_timeout_s=config.drain_timeout_s)
+    if node.is_loading:
+        end_process(0)
+
+
+async def _until_ordered(node: Node, orders: Orders) -> None:
+    """Wait for the first order. Raises FinalError when the server can not go on before that."""
+    ordered = asyncio.create_task(orders.first(), name="orders")
+    failed = asyncio.create_task(node.wait_until_failed(), name="failed")
+    try:
+        await asyncio.wait((ordered, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done() and not ordered.done():
+            await node.leave()
+            raise failed.result()
+    finally:
+        ordered.cancel()
+        failed.cancel()
 
 
 async def _leave(node: Node, orders: Orders, *, drain_timeout_s: float) -> None:
@@ -248,6 +323,8 @@ async def _leave(node: Node, orders: Orders, *, drain_timeout_s: float) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             draining.cancel()
             await draining
+        if node.is_loading:
+            end_process(INTERRUPTED)
         if not orders.parent_is_gone:
             raise typer.Exit(INTERRUPTED)
     else:
@@ -266,7 +343,10 @@ def _ready_object(node: Node) -> dict[str, object]:
         "weights": info.weights,
         "kv_policy": info.kv_policy,
         "kv_tokens_total": info.kv_tokens_total,
+        "adapters": [{"name": adapter.name, "hash": adapter.adapter_hash} for adapter in info.adapters],
         "grpc_address": _grpc_address(info),
+        "why": node.why,
+        "plan": node.plan,
     }
 
 
@@ -279,6 +359,9 @@ def _print_banner(node: Node, source: ModelSource) -> None:
     lines = (
         f"Serving {info.model_name}, blocks {info.span} of {source.num_blocks}: weights {info.weights}, KV policy"
         f" {info.kv_policy}, room for {info.kv_tokens_total:,} tokens, {info.tokens_per_s:.0f} steps/s",
+        f"Why these blocks: {node.why}.",
+        f"What is where: {node.plan}.",
+        *([f"Why this precision: {node.weights_reason}."] if node.weights_reason else []),
         "",
         "Another machine joins with",
         f"  swarm serve {info.model_name} --join {address}",

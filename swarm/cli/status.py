@@ -79,6 +79,7 @@ def coverage_of(servers: Sequence[ServerInfo], num_blocks: int) -> list[int]:
 
 def server_to_json(server: ServerInfo) -> dict[str, Any]:
     """One entry of `servers` in `status --json`."""
+    wish = server.moving_to
     return {
         "peer_id": server.peer_id,
         "start": server.span.start,
@@ -92,12 +93,18 @@ def server_to_json(server: ServerInfo) -> dict[str, Any]:
         "tokens_per_s": server.tokens_per_s,
         "addresses": list(server.addresses),
         "version": server.version,
+        "adapters": [{"name": adapter.name, "hash": adapter.adapter_hash} for adapter in server.adapters],
+        "moving_to": {"start": wish.start, "end": wish.end} if wish is not None else None,
     }
 
 
 def coverage_bar(coverage: Sequence[int]) -> str:
     """One character per block: how many servers hold it (+ above nine), a dot for none."""
     return "".join("·" if count == 0 else str(count) if count < 10 else "+" for count in coverage)
+
+
+def _blocks(server: ServerInfo) -> str:
+    return str(server.span) if server.moving_to is None else f"{server.span} → {server.moving_to}"
 
 
 def _print_table(model: str, servers: Sequence[ServerInfo], coverage: Sequence[int]) -> None:
@@ -121,10 +128,13 @@ def _print_table(model: str, servers: Sequence[ServerInfo], coverage: Sequence[i
         table.add_column(name, no_wrap=True)
     for name in ("KV tokens free", "sessions", "tokens/s"):
         table.add_column(name, no_wrap=True, justify="right")
+    offers_adapters = any(server.adapters for server in servers)
+    if offers_adapters:
+        table.add_column("adapters")
     table.add_column("address", no_wrap=True)
     for server in servers:
         table.add_row(
-            str(server.span),
+            _blocks(server),
             f"…{server.peer_id[-8:]}",
             Text(server.state.value, style="green" if server.state is ServerState.ONLINE else "yellow"),
             server.weights,
@@ -132,6 +142,7 @@ def _print_table(model: str, servers: Sequence[ServerInfo], coverage: Sequence[i
             f"{server.kv_tokens_free:,}",
             str(server.num_sessions),
             f"{server.tokens_per_s:.1f}",
+            *([", ".join(adapter.name for adapter in server.adapters)] if offers_adapters else []),
             Text(server.addresses[0] if server.addresses else ""),
         )
     console.print(table)

@@ -11,6 +11,7 @@ from swarm.discovery.addresses import parse_host_port
 from swarm.errors import BadInputError, PeerFaultError
 
 __all__ = [
+    "MAX_ADAPTERS",
     "MAX_BLOCKS",
     "MAX_RECORD_BYTES",
     "MAX_TTL_S",
@@ -30,6 +31,7 @@ MAX_TTL_S = 3600.0
 MAX_CLOCK_SKEW_S = 60.0
 """How much further ahead a record may expire because its maker's clock is fast."""
 MAX_ADDRESSES = 8
+MAX_ADAPTERS = 16
 MAX_NAME_CHARS = 256
 MAX_VERSION_CHARS = 64
 MAX_TOKENS = 2**50
@@ -74,6 +76,8 @@ def check_info(info: ServerInfo) -> None:
     _require(len(info.version) <= MAX_VERSION_CHARS and info.version.isprintable(), "version", info.version)
     _require(1 <= info.num_blocks <= MAX_BLOCKS, "num_blocks", info.num_blocks)
     _require(info.span.end <= info.num_blocks, "span", f"{info.span} of {info.num_blocks} blocks")
+    if info.moving_to is not None:
+        _require(info.moving_to.end <= info.num_blocks, "moving_to", f"{info.moving_to} of {info.num_blocks} blocks")
     _require(_WORD.fullmatch(info.weights) is not None, "weights", info.weights)
     _require(_WORD.fullmatch(info.kv_policy) is not None, "kv_policy", info.kv_policy)
     _require(0 <= info.kv_tokens_total <= MAX_TOKENS, "kv_tokens_total", info.kv_tokens_total)
@@ -84,6 +88,8 @@ def check_info(info: ServerInfo) -> None:
         "tokens_per_s",
         info.tokens_per_s,
     )
+    names = [adapter.name for adapter in info.adapters]
+    _require(len(names) <= MAX_ADAPTERS and len(set(names)) == len(names), "adapters", names)
     _check_addresses(info)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from swarm.datatypes import ModelHash, PeerId, ServerInfo, ServerState, Span
+from swarm.datatypes import AdapterHash, AdapterInfo, ModelHash, PeerId, ServerInfo, ServerState, Span
 from swarm.discovery.record_checks import (
     MAX_RECORD_BYTES,
     RecordRejectedError,
@@ -89,6 +89,13 @@ def to_record(info: ServerInfo, *, expires_at: float) -> discovery_pb2.ServerRec
         addresses=info.addresses,
         version=info.version,
         expires_at_unix_s=expires_at,
+        moving_to_start=info.moving_to.start if info.moving_to is not None else None,
+        moving_to_end=info.moving_to.end if info.moving_to is not None else None,
+        is_choosing=info.is_choosing,
+        adapters=[
+            discovery_pb2.Adapter(name=adapter.name, hash=bytes.fromhex(adapter.adapter_hash))
+            for adapter in info.adapters
+        ],
     )
 
 
@@ -219,6 +226,12 @@ def _to_info(record: discovery_pb2.ServerRecord) -> ServerInfo:
         raise RecordRejectedError(RejectReason.IMPOSSIBLE_VALUE, f"state can not be {record.state}")
     if not record.start < record.end:
         raise RecordRejectedError(RejectReason.IMPOSSIBLE_VALUE, f"span can not be {record.start}:{record.end}")
+    moving_to: Span | None = None
+    if record.moving_to_end or record.moving_to_start:
+        if not record.moving_to_start < record.moving_to_end:
+            wish = f"{record.moving_to_start}:{record.moving_to_end}"
+            raise RecordRejectedError(RejectReason.IMPOSSIBLE_VALUE, f"moving_to can not be {wish}")
+        moving_to = Span(start=record.moving_to_start, end=record.moving_to_end)
     return ServerInfo(
         peer_id=PeerId(record.peer_id),
         model_hash=ModelHash(record.model_hash),
@@ -234,4 +247,16 @@ def _to_info(record: discovery_pb2.ServerRecord) -> ServerInfo:
         tokens_per_s=record.tokens_per_s,
         addresses=tuple(record.addresses),
         version=record.version,
+        moving_to=moving_to,
+        is_choosing=record.is_choosing,
+        adapters=_to_adapters(record),
     )
+
+
+def _to_adapters(record: discovery_pb2.ServerRecord) -> list[AdapterInfo]:
+    try:
+        return [
+            AdapterInfo(name=adapter.name, adapter_hash=AdapterHash(adapter.hash.hex())) for adapter in record.adapters
+        ]
+    except BadInputError as error:
+        raise RecordRejectedError(RejectReason.IMPOSSIBLE_VALUE, f"adapters: {error}") from error

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18swarm/pb/discovery.proto\x12\x05swarm\"\xe7\x03\n\x0cServerRecord\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\r\n\x05start\x18\x06 \x01(\r\x12\x0b\n\x03\x65nd\x18\x07 \x01(\r\x12(\n\x05state\x18\x08 \x01(\x0e\x32\x19.swarm.ServerRecord.State\x12\x0f\n\x07weights\x18\t \x01(\t\x12\x11\n\tkv_policy\x18\n \x01(\t\x12\x16\n\x0ekv_tokens_free\x18\x0b \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x0c \x01(\x04\x12\x14\n\x0cnum_sessions\x18\r \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x11\n\taddresses\x18\x0f \x03(\t\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x19\n\x11\x65xpires_at_unix_s\x18\x11 \x01(\x01\"j\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_JOINING\x10\x01\x12\x10\n\x0cSTATE_ONLINE\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x11\n\rSTATE_OFFLINE\x10\x04\"C\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\"7\n\rLookupRequest\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"f\n\x0bLookupReply\x12$\n\x07records\x18\x01 \x03(\x0b\x32\x13.swarm.SignedRecord\x12\x15\n\rdht_addresses\x18\x02 \x03(\t\x12\x1a\n\x12\x61nswered_at_unix_s\x18\x03 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18swarm/pb/discovery.proto\x12\x05swarm\"\xce\x04\n\x0cServerRecord\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\r\n\x05start\x18\x06 \x01(\r\x12\x0b\n\x03\x65nd\x18\x07 \x01(\r\x12(\n\x05state\x18\x08 \x01(\x0e\x32\x19.swarm.ServerRecord.State\x12\x0f\n\x07weights\x18\t \x01(\t\x12\x11\n\tkv_policy\x18\n \x01(\t\x12\x16\n\x0ekv_tokens_free\x18\x0b \x01(\x04\x12\x17\n\x0fkv_tokens_total\x18\x0c \x01(\x04\x12\x14\n\x0cnum_sessions\x18\r \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x0e \x01(\x01\x12\x11\n\taddresses\x18\x0f \x03(\t\x12\x0f\n\x07version\x18\x10 \x01(\t\x12\x19\n\x11\x65xpires_at_unix_s\x18\x11 \x01(\x01\x12\x17\n\x0fmoving_to_start\x18\x12 \x01(\r\x12\x15\n\rmoving_to_end\x18\x13 \x01(\r\x12\x13\n\x0bis_choosing\x18\x14 \x01(\x08\x12 \n\x08\x61\x64\x61pters\x18\x15 \x03(\x0b\x32\x0e.swarm.Adapter\"j\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_JOINING\x10\x01\x12\x10\n\x0cSTATE_ONLINE\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x11\n\rSTATE_OFFLINE\x10\x04\"%\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"C\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0f\n\x07peer_id\x18\x03 \x01(\t\"7\n\rLookupRequest\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\"f\n\x0bLookupReply\x12$\n\x07records\x18\x01 \x03(\x0b\x32\x13.swarm.SignedRecord\x12\x15\n\rdht_addresses\x18\x02 \x03(\t\x12\x1a\n\x12\x61nswered_at_unix_s\x18\x03 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,13 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'swarm.pb.discovery_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SERVERRECORD']._serialized_start=36
-  _globals['_SERVERRECORD']._serialized_end=523
-  _globals['_SERVERRECORD_STATE']._serialized_start=417
-  _globals['_SERVERRECORD_STATE']._serialized_end=523
-  _globals['_SIGNEDRECORD']._serialized_start=525
-  _globals['_SIGNEDRECORD']._serialized_end=592
-  _globals['_LOOKUPREQUEST']._serialized_start=594
-  _globals['_LOOKUPREQUEST']._serialized_end=649
-  _globals['_LOOKUPREPLY']._serialized_start=651
-  _globals['_LOOKUPREPLY']._serialized_end=753
+  _globals['_SERVERRECORD']._serialized_end=626
+  _globals['_SERVERRECORD_STATE']._serialized_start=520
+  _globals['_SERVERRECORD_STATE']._serialized_end=626
+  _globals['_ADAPTER']._serialized_start=628
+  _globals['_ADAPTER']._serialized_end=665
+  _globals['_SIGNEDRECORD']._serialized_start=667
+  _globals['_SIGNEDRECORD']._serialized_end=734
+  _globals['_LOOKUPREQUEST']._serialized_start=736
+  _globals['_LOOKUPREQUEST']._serialized_end=791
+  _globals['_LOOKUPREPLY']._serialized_start=793
+  _globals['_LOOKUPREPLY']._serialized_end=895
 # @@protoc_insertion_point(module_scope)

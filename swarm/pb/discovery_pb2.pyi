@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ServerRecord(_message.Message):
-    __slots__ = ("protocol_version", "peer_id", "model_hash", "model_name", "num_blocks", "start", "end", "state", "weights", "kv_policy", "kv_tokens_free", "kv_tokens_total", "num_sessions", "tokens_per_s", "addresses", "version", "expires_at_unix_s")
+    __slots__ = ("protocol_version", "peer_id", "model_hash", "model_name", "num_blocks", "start", "end", "state", "weights", "kv_policy", "kv_tokens_free", "kv_tokens_total", "num_sessions", "tokens_per_s", "addresses", "version", "expires_at_unix_s", "moving_to_start", "moving_to_end", "is_choosing", "adapters")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[ServerRecord.State]
@@ -37,6 +37,10 @@ class ServerRecord(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    MOVING_TO_START_FIELD_NUMBER: _ClassVar[int]
+    MOVING_TO_END_FIELD_NUMBER: _ClassVar[int]
+    IS_CHOOSING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     peer_id: str
     model_hash: str
@@ -54,7 +58,19 @@ class ServerRecord(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     version: str
     expires_at_unix_s: float
-    def __init__(self, protocol_version: _Optional[int] = ..., peer_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., model_name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., state: _Optional[_Union[ServerRecord.State, str]] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., num_sessions: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., expires_at_unix_s: _Optional[float] = ...) -> None: ...
+    moving_to_start: int
+    moving_to_end: int
+    is_choosing: bool
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, protocol_version: _Optional[int] = ..., peer_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., model_name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., state: _Optional[_Union[ServerRecord.State, str]] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., kv_tokens_free: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., num_sessions: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., expires_at_unix_s: _Optional[float] = ..., moving_to_start: _Optional[int] = ..., moving_to_end: _Optional[int] = ..., is_choosing: bool = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "hash")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    hash: bytes
+    def __init__(self, name: _Optional[str] = ..., hash: _Optional[bytes] = ...) -> None: ...
 
 class SignedRecord(_message.Message):
     __slots__ = ("payload", "signature", "peer_id")

@@ -26,7 +26,7 @@ from swarm.pb import discovery_pb2 as swarm_dot_pb_dot_discovery__pb2
 from swarm.pb import session_pb2 as swarm_dot_pb_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13swarm/pb/node.proto\x12\x05swarm\x1a\x18swarm/pb/discovery.proto\x1a\x16swarm/pb/session.proto\"\x0f\n\rHealthRequest\"G\n\x0bHealthReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x18\n\x10\x65ngine_silent_ms\x18\x03 \x01(\r\"\r\n\x0bInfoRequest\"\xa7\x02\n\tInfoReply\x12#\n\x06server\x18\x01 \x01(\x0b\x32\x13.swarm.ServerRecord\x12\x10\n\x08uptime_s\x18\x02 \x01(\x04\x12\x11\n\tnum_steps\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x18\n\x10num_failed_steps\x18\x05 \x01(\x04\x12\x16\n\x0ejoin_addresses\x18\x06 \x03(\t\x12\x13\n\x0bnum_batches\x18\x07 \x01(\x04\x12\x1a\n\x02kv\x18\x08 \x01(\x0b\x32\x0e.swarm.KVUsage\x12\x16\n\x0enum_tokens_run\x18\t \x01(\x04\x12\x1f\n\x17num_sessions_taken_over\x18\n \x01(\x04\x12 \n\x18num_sessions_handed_over\x18\x0b \x01(\x04\"\x8d\x01\n\x07KVUsage\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cwasted_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_tokens_shared\x18\x05 \x01(\x04\x12\x12\n\nnum_spills\x18\x06 \x01(\x04\"L\n\nRunRequest\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\"?\n\x08RunReply\x12\x1f\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x0e.swarm.Failure\x12\x12\n\ncompute_us\x18\x02 \x01(\r\"\x8a\x01\n\x0fHandoverRequest\x12%\n\x05offer\x18\x01 \x01(\x0b\x32\x14.swarm.HandoverOfferH\x00\x12%\n\x05pages\x18\x02 \x01(\x0b\x32\x14.swarm.HandoverPagesH\x00\x12!\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x12.swarm.HandoverEndH\x00\x42\x06\n\x04kind\"\xce\x02\n\rHandoverOffer\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x15\n\rmax_sequences\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x08 \x01(\r\x12\x0f\n\x07weights\x18\t \x01(\t\x12\x11\n\tkv_policy\x18\n \x01(\t\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12\x11\n\tnum_pages\x18\x0c \x01(\r\x12*\n\tsequences\x18\r \x03(\x0b\x32\x17.swarm.HandoverSequence\x12.\n\x0b\x63heckpoints\x18\x0e \x03(\x0b\x32\x19.swarm.HandoverCheckpoint\"C\n\x10HandoverSequence\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\r\n\x05pages\x18\x03 \x03(\r\"D\n\x12HandoverCheckpoint\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\"\x1e\n\rHandoverPages\x12\r\n\x05\x66irst\x18\x01 \x01(\r\"\r\n\x0bHandoverEnd\"B\n\rHandoverReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x1f\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x0e.swarm.Failureb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13swarm/pb/node.proto\x12\x05swarm\x1a\x18swarm/pb/discovery.proto\x1a\x16swarm/pb/session.proto\"\x0f\n\rHealthRequest\"G\n\x0bHealthReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x18\n\x10\x65ngine_silent_ms\x18\x03 \x01(\r\"\r\n\x0bInfoRequest\"\xa7\x02\n\tInfoReply\x12#\n\x06server\x18\x01 \x01(\x0b\x32\x13.swarm.ServerRecord\x12\x10\n\x08uptime_s\x18\x02 \x01(\x04\x12\x11\n\tnum_steps\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x18\n\x10num_failed_steps\x18\x05 \x01(\x04\x12\x16\n\x0ejoin_addresses\x18\x06 \x03(\t\x12\x13\n\x0bnum_batches\x18\x07 \x01(\x04\x12\x1a\n\x02kv\x18\x08 \x01(\x0b\x32\x0e.swarm.KVUsage\x12\x16\n\x0enum_tokens_run\x18\t \x01(\x04\x12\x1f\n\x17num_sessions_taken_over\x18\n \x01(\x04\x12 \n\x18num_sessions_handed_over\x18\x0b \x01(\x04\"\x8d\x01\n\x07KVUsage\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nused_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cwasted_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x04\x12\x19\n\x11num_tokens_shared\x18\x05 \x01(\x04\x12\x12\n\nnum_spills\x18\x06 \x01(\x04\"]\n\nRunRequest\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\"?\n\x08RunReply\x12\x1f\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x0e.swarm.Failure\x12\x12\n\ncompute_us\x18\x02 \x01(\r\"\x8a\x01\n\x0fHandoverRequest\x12%\n\x05offer\x18\x01 \x01(\x0b\x32\x14.swarm.HandoverOfferH\x00\x12%\n\x05pages\x18\x02 \x01(\x0b\x32\x14.swarm.HandoverPagesH\x00\x12!\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x12.swarm.HandoverEndH\x00\x42\x06\n\x04kind\"\x83\x03\n\rHandoverOffer\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x15\n\rmax_sequences\x18\x07 \x01(\r\x12\x17\n\x0f\x65xpected_tokens\x18\x08 \x01(\r\x12\x0f\n\x07weights\x18\t \x01(\t\x12\x11\n\tkv_policy\x18\n \x01(\t\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12\x11\n\tnum_pages\x18\x0c \x01(\r\x12*\n\tsequences\x18\r \x03(\x0b\x32\x17.swarm.HandoverSequence\x12.\n\x0b\x63heckpoints\x18\x0e \x03(\x0b\x32\x19.swarm.HandoverCheckpoint\x12\x13\n\x0bpage_values\x18\x0f \x01(\r\x12\r\n\x05\x64type\x18\x10 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x11 \x01(\t\"C\n\x10HandoverSequence\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\r\n\x05pages\x18\x03 \x03(\r\"D\n\x12HandoverCheckpoint\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\"\x1e\n\rHandoverPages\x12\r\n\x05\x66irst\x18\x01 \x01(\r\"\r\n\x0bHandoverEnd\"B\n\rHandoverReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x1f\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x0e.swarm.Failureb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,21 +44,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVUSAGE']._serialized_start=484
   _globals['_KVUSAGE']._serialized_end=625
   _globals['_RUNREQUEST']._serialized_start=627
-  _globals['_RUNREQUEST']._serialized_end=703
-  _globals['_RUNREPLY']._serialized_start=705
-  _globals['_RUNREPLY']._serialized_end=768
-  _globals['_HANDOVERREQUEST']._serialized_start=771
-  _globals['_HANDOVERREQUEST']._serialized_end=909
-  _globals['_HANDOVEROFFER']._serialized_start=912
-  _globals['_HANDOVEROFFER']._serialized_end=1246
-  _globals['_HANDOVERSEQUENCE']._serialized_start=1248
-  _globals['_HANDOVERSEQUENCE']._serialized_end=1315
-  _globals['_HANDOVERCHECKPOINT']._serialized_start=1317
-  _globals['_HANDOVERCHECKPOINT']._serialized_end=1385
-  _globals['_HANDOVERPAGES']._serialized_start=1387
-  _globals['_HANDOVERPAGES']._serialized_end=1417
-  _globals['_HANDOVEREND']._serialized_start=1419
-  _globals['_HANDOVEREND']._serialized_end=1432
-  _globals['_HANDOVERREPLY']._serialized_start=1434
-  _globals['_HANDOVERREPLY']._serialized_end=1500
+  _globals['_RUNREQUEST']._serialized_end=720
+  _globals['_RUNREPLY']._serialized_start=722
+  _globals['_RUNREPLY']._serialized_end=785
+  _globals['_HANDOVERREQUEST']._serialized_start=788
+  _globals['_HANDOVERREQUEST']._serialized_end=926
+  _globals['_HANDOVEROFFER']._serialized_start=929
+  _globals['_HANDOVEROFFER']._serialized_end=1316
+  _globals['_HANDOVERSEQUENCE']._serialized_start=1318
+  _globals['_HANDOVERSEQUENCE']._serialized_end=1385
+  _globals['_HANDOVERCHECKPOINT']._serialized_start=1387
+  _globals['_HANDOVERCHECKPOINT']._serialized_end=1455
+  _globals['_HANDOVERPAGES']._serialized_start=1457
+  _globals['_HANDOVERPAGES']._serialized_end=1487
+  _globals['_HANDOVEREND']._serialized_start=1489
+  _globals['_HANDOVEREND']._serialized_end=1502
+  _globals['_HANDOVERREPLY']._serialized_start=1504
+  _globals['_HANDOVERREPLY']._serialized_end=1570
 # @@protoc_insertion_point(module_scope)

@@ -68,16 +68,18 @@ class KVUsage(_message.Message):
     def __init__(self, total_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., num_tokens_shared: _Optional[int] = ..., num_spills: _Optional[int] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("model_hash", "start", "end", "counts")
+    __slots__ = ("model_hash", "start", "end", "counts", "adapter")
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     model_hash: str
     start: int
     end: int
     counts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ...) -> None: ...
+    adapter: str
+    def __init__(self, model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("failure", "compute_us")
@@ -98,7 +100,7 @@ class HandoverRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[HandoverOffer, _Mapping]] = ..., pages: _Optional[_Union[HandoverPages, _Mapping]] = ..., end: _Optional[_Union[HandoverEnd, _Mapping]] = ...) -> None: ...
 
 class HandoverOffer(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints", "page_values", "dtype", "adapter")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +115,9 @@ class HandoverOffer(_message.Message):
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_VALUES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     model_hash: str
@@ -127,7 +132,10 @@ class HandoverOffer(_message.Message):
     num_pages: int
     sequences: _containers.RepeatedCompositeFieldContainer[HandoverSequence]
     checkpoints: _containers.RepeatedCompositeFieldContainer[HandoverCheckpoint]
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ...) -> None: ...
+    page_values: int
+    dtype: str
+    adapter: str
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ..., page_values: _Optional[int] = ..., dtype: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class HandoverSequence(_message.Message):
     __slots__ = ("sequence", "length", "pages")

@@ -50,7 +50,7 @@ class SessionReply(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol", "expected_tokens", "may_wait", "keep")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "next", "max_length", "max_sequences", "kv_policy", "protocol", "expected_tokens", "may_wait", "adapter", "keep")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Open(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAY_WAIT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
@@ -76,8 +77,9 @@ class Open(_message.Message):
     protocol: int
     expected_tokens: int
     may_wait: bool
+    adapter: str
     keep: Keep
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., may_wait: bool = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., next: _Optional[_Union[NextHop, _Mapping]] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., kv_policy: _Optional[str] = ..., protocol: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., may_wait: bool = ..., adapter: _Optional[str] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
 
 class Keep(_message.Message):
     __slots__ = ("epoch", "step")

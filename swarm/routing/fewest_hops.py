@@ -7,7 +7,8 @@ first guess; it knows nothing of speed, distance or load.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from swarm.datatypes import Hop, PeerId, Route, ServerInfo, ServerState, Span, blocks_without_server, format_blocks
 from swarm.errors import BadInputError, NoRouteError
@@ -16,6 +17,9 @@ __all__ = ["FewestHopsRouter", "plan_route"]
 
 _SMALLEST_WEIGHT = 0.05
 """A full server still gets a share: what it announced may be seconds old, and all may be full."""
+_SMALLEST_RELIABILITY = 0.1
+"""Who failed again and again is still tried now and then, or it could never show that it has been mended."""
+_UNKNOWN: Mapping[PeerId, float] = MappingProxyType({})
 
 
 class FewestHopsRouter:
@@ -33,9 +37,12 @@ class FewestHopsRouter:
         start: int = 0,
         end: int | None = None,
         avoid: Collection[PeerId] = (),
+        reliability: Mapping[PeerId, float] = _UNKNOWN,
     ) -> Route:
         """See Router."""
-        return plan_route(servers, num_blocks, start=start, end=end, avoid=avoid, rng=self._rng)
+        return plan_route(
+            servers, num_blocks, start=start, end=end, avoid=avoid, reliability=reliability, rng=self._rng
+        )
 
 
 def plan_route(
@@ -45,12 +52,13 @@ def plan_route(
     start: int = 0,
     end: int | None = None,
     avoid: Collection[PeerId] = (),
+    reliability: Mapping[PeerId, float] = _UNKNOWN,
     rng: random.Random,
 ) -> Route:
     """A route of fewest hops; see Router.plan_route for arguments and errors.
 
     Among servers that lead to equally few hops, those with a larger free part of their KV memory are chosen
-    more often, so that clients spread out.
+    more often, so that clients spread out; those that the caller could rely on less are chosen less often.
     """
     wanted = _check_span(num_blocks, start, end)
     usable = _usable(servers, num_blocks, avoid)
@@ -65,7 +73,7 @@ def plan_route(
             for server in usable
             if position in server.span and hops_left[_end(server, wanted)] == hops_left[position] - 1
         ]
-        server = rng.choices(candidates, weights=[_weight(server) for server in candidates])[0]
+        server = rng.choices(candidates, weights=[_weight(server, reliability) for server in candidates])[0]
         hops.append(Hop(server=server, span=Span(start=position, end=_end(server, wanted))))
         position = hops[-1].end
     return Route(tuple(hops))
@@ -105,7 +113,7 @@ def _end(server: ServerInfo, wanted: Span) -> int:
     return min(server.span.end, wanted.end)
 
 
-def _weight(server: ServerInfo) -> float:
-    if server.kv_tokens_total <= 0:
-        return 1.0
-    return max(server.kv_tokens_free / server.kv_tokens_total, _SMALLEST_WEIGHT)
+def _weight(server: ServerInfo, reliability: Mapping[PeerId, float]) -> float:
+    share_free = server.kv_tokens_free / server.kv_tokens_total if server.kv_tokens_total > 0 else 1.0
+    # Squared, because a loss costs more than a wait: of two whom half and all went well with, the first gets a fifth.
+    return max(share_free, _SMALLEST_WEIGHT) * max(reliability.get(server.peer_id, 1.0), _SMALLEST_RELIABILITY) ** 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -77,7 +77,19 @@ def test_json_has_the_promised_shape(servers: list[ServerInfo], capsys: pytest.C
         "tokens_per_s": 12.5,
         "addresses": ["10.0.0.1:31331"],
         "version": "0.1.0",
+        "adapters": [],
+        "moving_to": None,
     }
+
+
+def test_a_server_about_to_move_is_shown(servers: list[ServerInfo], capsys: pytest.CaptureFixture[str]) -> None:
+    """An operator who sees blocks lose a server must see where it goes."""
+    servers += [replace(make_server("a", 0, 4), moving_to=Span(start=2, end=6)), make_server("b", 0, 6)]
+    assert run(["status", "m", "--join", "grpc://h:1", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert [server["moving_to"] for server in status["servers"]] == [{"start": 2, "end": 6}, None]
+    assert run(["status", "m", "--join", "grpc://h:1"]) == 0
+    assert "0:4 → 2:6" in capsys.readouterr().out
 
 
 def test_table_names_what_is_missing(servers: list[ServerInfo], capsys: pytest.CaptureFixture[str]) -> None:

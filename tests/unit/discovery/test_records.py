@@ -58,6 +58,7 @@ _names = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=64)
     tokens_per_s=st.floats(0, 1e9),
     addresses=st.lists(st.sampled_from(["10.0.0.1:1", "[::1]:65535", "host.example:4000"]), min_size=1, max_size=8),
     ttl_s=st.floats(0.01, 3600),
+    moves=st.booleans(),
 )
 def test_what_is_sealed_opens_unchanged(
     blocks: tuple[int, int, int],
@@ -69,6 +70,7 @@ def test_what_is_sealed_opens_unchanged(
     tokens_per_s: float,
     addresses: list[str],
     ttl_s: float,
+    moves: bool,
 ) -> None:
     """Routing decides by these numbers; none may be rounded, cut or reordered on the way."""
     info = ServerInfo(
@@ -86,6 +88,8 @@ def test_what_is_sealed_opens_unchanged(
         tokens_per_s=tokens_per_s,
         addresses=addresses,
         version=version,
+        moving_to=Span(start=0, end=blocks[2]) if moves else None,
+        is_choosing=not moves,
     )
     assert _open(seal_record(info, IDENTITY, expires_at=NOW + ttl_s)) == info
 
@@ -189,6 +193,9 @@ def test_an_oversized_record_is_refused() -> None:
         {"addresses": ["10.0.0.1"]},
         {"addresses": ["unix:/etc/passwd"]},
         {"addresses": []},
+        {"moving_to_start": 3},
+        {"moving_to_start": 5, "moving_to_end": 5},
+        {"moving_to_end": 13},
     ],
 )
 def test_impossible_values_are_refused_although_signed(change: dict[str, Any]) -> None:

@@ -118,6 +118,16 @@ def test_clients_spread_over_equal_servers_by_their_free_memory() -> None:
     assert chosen[PeerId("roomy")] > 2 * chosen[PeerId("busy")] > 4 * chosen[PeerId("full")] > 0
 
 
+def test_those_who_failed_often_are_chosen_less_often() -> None:
+    """A preference, no ban: there must be a way back for who has been mended."""
+    servers = [make_server(name, 0, 12) for name in ("steady", "shaky", "hopeless", "unknown")]
+    reliability = {PeerId("steady"): 1.0, PeerId("shaky"): 0.5, PeerId("hopeless"): 0.0}
+    rng = random.Random(0)
+    chosen = Counter(plan_route(servers, 12, reliability=reliability, rng=rng).hops[0].peer_id for _ in range(4000))
+    assert abs(chosen[PeerId("steady")] - chosen[PeerId("unknown")]) < 300
+    assert chosen[PeerId("steady")] > 2 * chosen[PeerId("shaky")] > 4 * chosen[PeerId("hopeless")] > 0
+
+
 def test_the_same_seed_gives_the_same_route() -> None:
     """Tests and simulations must be repeatable."""
     servers = [make_server(f"peer{index}", 0, 12) for index in range(5)]

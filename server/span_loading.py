@@ -1,0 +1,216 @@
+"""Loads a span onto the devices it was planned for, and makes the backend that runs it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.server.adapters import load_adapters
+
+if TYPE_CHECKING:
+    from swarm.datatypes import AdapterInfo, Span
+    from swarm.models import ModelSource, SpanModel
+    from swarm.models.adapters.source import AdapterSource
+    from swarm.models.progress import ProgressReporter
+    from swarm.server.engine.engine import SpanBackend
+    from swarm.server.node_config import NodeConfig
+    from swarm.server.preparing import Workplace
+
+__all__ = ["LoadedSpan", "load_backend"]
+
+_PACKED_SHARE: Final = 0.125
+"""Part of the memory still free that packed copies of weights may take."""
+
+
+def _nothing() -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSpan:
+    """Blocks ready to run."""
+
+    span: Span
+    hidden_size: int
+    backend: SpanBackend
+    weights: str
+    """Precision, as announced."""
+    plan: str
+    """What was put where, in one sentence for the operator."""
+    adapters: tuple[AdapterInfo, ...]
+    close: Callable[[], None]
+    """Gives back what garbage collection would not: threads, processes, files."""
+    is_broken: Callable[[], bool] = _never
+    """Whether the backend has lost a part of itself for good."""
+
+
+def load_backend(
+    source: ModelSource,
+    span: Span,
+    config: NodeConfig,
+    workplace: Workplace,
+    adapters: Sequence[AdapterSource],
+    report: ProgressReporter | None,
+) -> LoadedSpan:
+    """Load and check blocks.
+
+    Raises UnsupportedModelError when they would be served wrongly, BadInputError when the memory is too small or an
+    adapter is for another model, ModelFilesError for files that can not be read.
+    """
+    import torch
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with ExitStack() as undo:
+        if len(workplace.devices) == 1:
+            loaded = _on_one_device(source, span, config, workplace, adapters, report, undo)
+        else:
+            loaded = _on_several_devices(source, span, config, workplace, adapters, report, undo)
+        undo.pop_all()
+    return loaded
+
+
+def _on_one_device(
+    source: ModelSource,
+    span: Span,
+    config: NodeConfig,
+    workplace: Workplace,
+    adapters: Sequence[AdapterSource],
+    report: ProgressReporter | None,
+    undo: ExitStack,
+) -> LoadedSpan:
+    from swarm.server.capacity_plan import spread_evenly
+    from swarm.server.engine.choosing import choose_backend
+
+    plan = workplace.plan(source, span, config)
+    model = _load_model(source, span, workplace, workplace.devices[0], report)
+    close: Callable[[], None] = _nothing
+    if plan.num_streamed:
+        from swarm.models.offload import offload_layers
+
+        streamed = spread_evenly(plan.num_blocks, plan.num_streamed)
+        streamer = offload_layers(model, streamed, where="disk" if workplace.is_cpu else "host")
+        if streamer is not None:
+            close = streamer.close
+            undo.callback(close)
+    elif workplace.is_cpu:
+        _pack(model)
+    found = load_adapters(model, adapters, num_blocks=source.num_blocks, report=report)
+    return LoadedSpan(
+        span=span,
+        hidden_size=model.hidden_size,
+        backend=choose_backend(model, memory_bytes=plan.kv_bytes).backend,
+        weights=str(workplace.precision),
+        plan=plan.sentence,
+        adapters=found,
+        close=close,
+    )
+
+
+def _on_several_devices(
+    source: ModelSource,
+    span: Span,
+    config: NodeConfig,
+    workplace: Workplace,
+    adapters: Sequence[AdapterSource],
+    report: ProgressReporter | None,
+    undo: ExitStack,
+) -> LoadedSpan:
+    """Slices of every matrix where the family can be cut so; else whole layers, some on each device."""
+    from swarm.models.tensor_slices import refusal_of_slices
+    from swarm.weights.choice import format_for
+
+    if adapters:
+        raise BadInputError("--adapter is not offered over several devices yet; name one with --device")
+    in_few_bits = format_for(workplace.precision, workplace.devices[0]) is not None
+    if in_few_bits or refusal_of_slices(source.config, len(workplace.devices)) is not None:
+        return _in_a_row(source, span, config, workplace, report)
+    from swarm.server.engine.tensor_parallel import SliceConfig, start_tensor_parallel
+    from swarm.weights.choice import hidden_dtype_for
+
+    memory_bytes = config.kv_memory_bytes or workplace.plan(source, span, config).kv_bytes
+    backend = start_tensor_parallel(
+        source,
+        span,
+        SliceConfig(
+            devices=workplace.devices,
+            dtype=hidden_dtype_for(workplace.precision, workplace.devices[0]),
+            memory_bytes=memory_bytes,
+            num_threads=config.num_threads,
+        ),
+    )
+    undo.callback(backend.close)
+    return LoadedSpan(
+        span=span,
+        hidden_size=backend.model.hidden_size,
+        backend=backend,
+        weights=str(workplace.precision),
+        plan=f"{', '.join(workplace.devices)} hold a slice of each of blocks {span}",
+        adapters=(),
+        close=backend.close,
+        is_broken=lambda: backend.is_broken,
+    )
+
+
+def _in_a_row(
+    source: ModelSource, span: Span, config: NodeConfig, workplace: Workplace, report: ProgressReporter | None
+) -> LoadedSpan:
+    from swarm.models.block_sizes import measure_model_shape
+    from swarm.server.device_memory import measure_device_memory
+    from swarm.server.engine.chained import ChainedBackend, Stage
+    from swarm.server.engine.choosing import choose_backend
+    from swarm.server.spread_plan import plan_spread
+
+    sizes = measure_model_shape(source.config).sizes(workplace.precision, workplace.devices[0])
+    wanted = config.kv_memory_bytes
+    kv_tokens = None if wanted is None else wanted // (sizes.kv_bytes_per_token * len(span))
+    plan = plan_spread(sizes, [measure_device_memory(name) for name in workplace.devices], span, kv_tokens=kv_tokens)
+    stages: list[Stage] = []
+    hidden_size = 0
+    for share in plan.shares:
+        model = _load_model(source, share.span, workplace, share.device, report)
+        hidden_size = model.hidden_size
+        stages.append(Stage(share.span, choose_backend(model, memory_bytes=share.kv_bytes).backend))
+    return LoadedSpan(
+        span=span,
+        hidden_size=hidden_size,
+        backend=ChainedBackend(stages),
+        weights=str(workplace.precision),
+        plan=plan.sentence,
+        adapters=(),
+        close=_nothing,
+    )
+
+
+def _load_model(
+    source: ModelSource, span: Span, workplace: Workplace, device: str, report: ProgressReporter | None
+) -> SpanModel:
+    from swarm.models import check_span, default_weight_cache, load_span
+
+    model = load_span(
+        source,
+        span,
+        weights=workplace.precision,
+        device=device,
+        weight_cache=default_weight_cache(),
+        report=report,
+    )
+    verdict = check_span(model)
+    if not verdict.ok:
+        raise UnsupportedModelError(f"{source.name} is not served: {verdict.reason}")
+    return model
+
+
+def _pack(model: SpanModel) -> None:
+    import psutil
+
+    from swarm.server.engine.packed_linear import pack_large_linears
+
+    pack_large_linears(model, max_bytes=int(psutil.virtual_memory().available * _PACKED_SHARE))
