@@ -6,18 +6,28 @@ step: the epoch, the last step accepted, and how many positions each sequence ho
     OPEN ──fail──▶ DEAD        a step failed half-way: positions can not be trusted any more
      └────close──▶ CLOSED
 
-A new epoch is a new mirror. There is no way back from DEAD or CLOSED.
+A new epoch is a new mirror: an empty one, or one that stands at a checkpoint of the old one. After every step a
+mirror notes a checkpoint, and drops those whose content the step has overwritten; so a checkpoint that is left
+holds no more positions of any sequence than later ones and the present do, and going back to it is nothing but
+forgetting positions. There is no way back from DEAD or CLOSED.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from swarm.errors import BadInputError, LengthLimitError, SessionClosedError, SessionStateError
 
-__all__ = ["MirrorState", "SequenceStep", "SessionMirror", "Verdict"]
+__all__ = ["MAX_CHECKPOINTS", "Checkpoint", "MirrorState", "SequenceStep", "SessionMirror", "Verdict"]
+
+MAX_CHECKPOINTS: Final = 128
+"""States a session can be kept at: more steps than a client ever has under way."""
+_MAX_CHECKPOINT_POSITIONS: Final = 4096
+"""Numbers in all checkpoints together (but for the newest), so that sessions of many sequences stay small."""
 
 
 class MirrorState(enum.Enum):
@@ -52,16 +62,32 @@ class SequenceStep:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state that a session can be kept at: the one after a step."""
+
+    epoch: int
+    step: int
+    positions: tuple[int, ...]
+    """Per sequence, from sequence 0; those beyond hold nothing."""
+
+    def length(self, sequence: int) -> int:
+        return self.positions[sequence] if sequence < len(self.positions) else 0
+
+
 @dataclass(kw_only=True)
 class SessionMirror:
-    """Epoch, last step and lengths of one session."""
+    """Epoch, last step, lengths and checkpoints of one session."""
 
     epoch: int
     max_length: int
     max_sequences: int
     last_step: int = 0
+    """The step accepted last; 0 before the first of this epoch."""
     state: MirrorState = MirrorState.OPEN
     _lengths: dict[int, int] = field(default_factory=dict)
+    _checkpoints: deque[Checkpoint] = field(default_factory=deque)
+    """Oldest first; each holds no more of any sequence than the next one, and the last no more than `_lengths`."""
 
     def __post_init__(self) -> None:
         if self.epoch < 1:
@@ -83,12 +109,69 @@ class SessionMirror:
         """Positions held by all sequences together."""
         return sum(self._lengths.values())
 
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """States the session can be kept at, oldest first."""
+        return tuple(self._checkpoints)
+
+    @classmethod
+    def restored(
+        cls,
+        *,
+        epoch: int,
+        max_length: int,
+        max_sequences: int,
+        positions: Sequence[int],
+        checkpoints: Iterable[Checkpoint],
+    ) -> SessionMirror:
+        """The mirror of a session that another server handed over: `positions` are held per sequence.
+
+        Raises BadInputError, LengthLimitError when this can not be what a mirror of ours held.
+        """
+        mirror = cls(epoch=epoch, max_length=max_length, max_sequences=max_sequences)
+        if len(positions) > max_sequences or max(positions, default=0) > max_length:
+            raise LengthLimitError(
+                f"{len(positions)} sequences of up to {max(positions, default=0)} positions were handed over in a "
+                f"session of {max_sequences} and {max_length}"
+            )
+        mirror._lengths = dict(enumerate(positions))
+        earlier = Checkpoint(0, 0, ())
+        for checkpoint in checkpoints:
+            if (checkpoint.epoch, checkpoint.step) <= (earlier.epoch, earlier.step) or checkpoint.epoch > epoch:
+                raise BadInputError("the checkpoints handed over are not in order")
+            if not _holds_no_more(earlier.positions, checkpoint.positions):
+                raise BadInputError("a checkpoint handed over holds less than the one before it")
+            mirror._append(checkpoint)
+            earlier = checkpoint
+        if not _holds_no_more(earlier.positions, mirror.positions):
+            raise BadInputError("a checkpoint handed over holds more than the session does")
+        return mirror
+
+    def kept(self, *, epoch: int, kept_epoch: int, kept_step: int) -> SessionMirror | None:
+        """A mirror at a higher epoch that stands where this one stood after a step; None when that is lost.
+
+        This one is to be closed then. Asking again for the same state, at a yet higher epoch, gives it again.
+        """
+        if self.state is not MirrorState.OPEN or epoch <= self.epoch:
+            return None
+        for index, checkpoint in enumerate(self._checkpoints):
+            if (checkpoint.epoch, checkpoint.step) == (kept_epoch, kept_step):
+                return SessionMirror(
+                    epoch=epoch,
+                    max_length=self.max_length,
+                    max_sequences=self.max_sequences,
+                    _lengths=dict(enumerate(checkpoint.positions)),
+                    _checkpoints=deque(list(self._checkpoints)[: index + 1]),
+                )
+        return None
+
     def judge(self, *, epoch: int, step: int, sequences: Sequence[SequenceStep], num_rows: int) -> Verdict:
         """Decide about a step, and account for it when it is to run.
 
-        Raises SessionClosedError, SessionStateError (other epoch, step out of order, start beyond what is
-        held), LengthLimitError (beyond max_length or max_sequences) or BadInputError (malformed). A refused
-        step changes nothing.
+        The first step of an epoch may have any number from 1, since a server that kept its state takes no part
+        in the replay to others. Raises SessionClosedError, SessionStateError (other epoch, step out of order, start
+        beyond what is held), LengthLimitError (beyond max_length or max_sequences) or BadInputError (malformed).
+        A refused step changes nothing.
         """
         if self.state is not MirrorState.OPEN:
             raise SessionClosedError(f"the session is {self.state.value} on this server")
@@ -96,11 +179,27 @@ class SessionMirror:
             raise self._state_error(f"step {step} is of epoch {epoch}, this server is at epoch {self.epoch}")
         if step == self.last_step and step > 0:
             return Verdict.REPEAT
-        if step != self.last_step + 1:
+        if step != self.last_step + 1 if self.last_step else step < 1:
             raise self._state_error(f"step {step} does not follow step {self.last_step}")
-        self._lengths.update(self._lengths_after(sequences, num_rows))
+        lengths = self._lengths_after(sequences, num_rows)
+        self._drop_lost(sequences)
+        self._lengths.update(lengths)
         self.last_step = step
+        self._append(Checkpoint(epoch, step, self.positions))
         return Verdict.RUN
+
+    def _drop_lost(self, sequences: Sequence[SequenceStep]) -> None:
+        """Drop checkpoints that hold positions which a step of these parts overwrites or frees."""
+        limits = {item.sequence: item.start if item.parent == item.sequence else 0 for item in sequences}
+        # Later checkpoints hold no less, so what is lost is at the end.
+        while self._checkpoints and any(self._checkpoints[-1].length(each) > limit for each, limit in limits.items()):
+            self._checkpoints.pop()
+
+    def _append(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints.append(checkpoint)
+        most = max(1, min(MAX_CHECKPOINTS, _MAX_CHECKPOINT_POSITIONS // max(len(checkpoint.positions), 1)))
+        while len(self._checkpoints) > most:
+            self._checkpoints.popleft()
 
     def _lengths_after(self, sequences: Sequence[SequenceStep], num_rows: int) -> dict[int, int]:
         after: dict[int, int] = {}
@@ -144,3 +243,8 @@ class SessionMirror:
 
     def _state_error(self, message: str) -> SessionStateError:
         return SessionStateError(message, epoch=self.epoch, positions=self.positions)
+
+
+def _holds_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether `left` holds at most the positions that `right` holds, of every sequence."""
+    return all(length <= (right[index] if index < len(right) else 0) for index, length in enumerate(left))

@@ -17,7 +17,7 @@ from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
 from swarm.wire.frames import Frame, decode_frame, encode_frame
 from swarm.wire.limits import PROTOCOL_VERSION, channel_options
-from swarm.wire.methods import FORWARD, INFO, PUSH, SESSION
+from swarm.wire.methods import FORWARD, HEALTH, INFO, PUSH, SESSION
 
 __all__ = ["RawClient", "RawStream", "step_frame", "step_message"]
 
@@ -41,8 +41,13 @@ class RawStream:
 
     def receive(self) -> tuple[pb.SessionReply, Frame] | None:
         """The next reply; None when the server ended the stream. Raises grpc.RpcError."""
-        body: bytes | None = next(self._call, None)
+        body = self.receive_body()
         return None if body is None else decode_frame(body, pb.SessionReply)
+
+    def receive_body(self) -> bytes | None:
+        """The next reply as it came; None when the server ended the stream. Raises grpc.RpcError."""
+        body: bytes | None = next(self._call, None)
+        return body
 
     def failure(self) -> pb.Failure:
         """The next reply, which must be a refusal."""
@@ -114,6 +119,21 @@ class RawClient:
         assert reply is not None and reply[0].HasField("opened"), reply
         return stream, message
 
+    def reopen(
+        self, message: pb.Open, *, epoch: int, keep: tuple[int, int], **fields: Any
+    ) -> tuple[RawStream, pb.Opened]:
+        """The session of `message` at another epoch, asking for the state after step `keep` (epoch, step)."""
+        request = pb.Open()
+        request.CopyFrom(message)
+        request.epoch = epoch
+        request.keep.CopyFrom(pb.Keep(epoch=keep[0], step=keep[1]))
+        request.MergeFrom(pb.Open(**fields))
+        stream = self.stream()
+        stream.send(encode_frame(pb.SessionRequest(open=request)))
+        reply = stream.receive()
+        assert reply is not None and reply[0].HasField("opened"), reply
+        return stream, reply[0].opened
+
     def refused_open(self, **fields: Any) -> pb.Failure:
         """How the server refuses an open."""
         stream = self.stream()
@@ -140,6 +160,10 @@ class RawClient:
     def unary_later(self, method: str, body: bytes) -> grpc.Future:
         """The same without waiting."""
         return self._channel.unary_unary(method).future(body, timeout=_TIMEOUT_S)
+
+    def health(self) -> node_pb2.HealthReply:
+        """Whether the server is well."""
+        return node_pb2.HealthReply.FromString(self.unary(HEALTH, b""))
 
     def info(self) -> node_pb2.InfoReply:
         """The server's account of itself."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +58,11 @@ class InProcessSwarm:
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Run a coroutine on the servers' loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
+        return self.begin(work).result(120)
+
+    def begin(self, work: Coroutine[Any, Any, _Result]) -> Future[_Result]:
+        """Start a coroutine on the servers' loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def add_server(self, start: int, end: int, *, is_announced: bool = True, **config: Any) -> Node:
         """Start one more server of blocks [start, end); one that is not announced can stand behind another."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["ChosenBackend", "choose_backend"]
 
 logger = logging.getLogger(__name__)
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _SESSIONS = ((b"a", 11), (b"b", 7))
 _NUM_DECODE_STEPS = 3
 
@@ -43,7 +42,7 @@ def choose_backend(model: SpanModel, *, memory_bytes: int) -> ChosenBackend:
     try:
         expected = _run_sessions(model, sequential)
         backend = RaggedBackend(model, memory_bytes=memory_bytes)
-        problem = _compare(expected, _run_sessions(model, backend), _TOLERANCES.get(model.dtype, 5e-2))
+        problem = _compare(expected, _run_sessions(model, backend), model.tolerance)
     except BadInputError as error:
         if not isinstance(error, UnsupportedModelError):
             raise

@@ -8,60 +8,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from swarm.errors import PeerFaultError, SwarmError
+from swarm.server.engine.backend import NotNow, SpanBackend, StatelessWork
 from swarm.server.engine.gathering import Gathering
+from swarm.server.engine.job import StepJob
 from swarm.server.engine.kv_usage import KVUsage
-from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, plan_step
+from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, StepEstimate, plan_step
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
-from swarm.server.session_mirror import SequenceStep
+
+if TYPE_CHECKING:
+    from swarm.server.engine.session_memory import SessionMemory
 
 __all__ = ["Engine", "EngineCounters", "NotNow", "SpanBackend"]
 
 logger = logging.getLogger(__name__)
 
-StatelessWork = ForwardWork | BackwardWork
 _RETRY_S = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class NotNow:
-    """A backend's answer to work that must wait until others have given memory back."""
-
-    reason: str
-
-
-class SpanBackend(Protocol):
-    """Runs blocks; lives on the engine thread, so it needs no locks."""
-
-    @property
-    def num_tokens_total(self) -> int:
-        """Positions that fit the KV memory when idle."""
-
-    @property
-    def num_tokens_free(self) -> int:
-        """Positions that still fit; may be read from other threads."""
-
-    @property
-    def kv_usage(self) -> KVUsage:
-        """Use of the KV memory; may be read from other threads."""
-
-    @property
-    def num_tokens_run(self) -> int:
-        """Tokens that were computed since start; those answered from memory took no time."""
-
-    def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
-        """Run one step of each of several sessions, oldest first; an error is that session's own."""
-
-    def run_stateless(self, work: StatelessWork) -> torch.Tensor:
-        """Forward outputs or input gradients [T, H]."""
-
-    def forget(self, session: SessionKey) -> None:
-        """Free a session's memory; harmless when there is none."""
 
 
 @dataclass
@@ -77,45 +44,6 @@ class EngineCounters:
     busy_s: float = 0.0
 
 
-@dataclass
-class _Job:
-    """A session's step and how far it has come."""
-
-    work: StepWork
-    is_decode: bool
-    arrived_s: float
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    num_done: int = 0
-    has_begun: bool = False
-    retry_at_s: float = float("-inf")
-    """Not before this time, since there was no memory for it."""
-
-    @property
-    def num_left(self) -> int:
-        return self.work.hidden.shape[0] - self.num_done
-
-    def part(self, num_tokens: int) -> StepWork:
-        """The next `num_tokens` as a step of their own.
-
-        The first part names every sequence, so that all forks happen before anything grows.
-        """
-        work = self.work
-        if not self.has_begun and num_tokens == work.hidden.shape[0]:
-            return work
-        items: list[SequenceStep] = []
-        first = 0
-        for item in work.sequences:
-            skipped = min(max(self.num_done - first, 0), item.count)
-            taken = min(max(self.num_done + num_tokens - first, 0), item.count) - skipped
-            first += item.count
-            if not self.has_begun:
-                items.append(SequenceStep(item.sequence, item.parent, item.start, taken))
-            elif taken:
-                items.append(SequenceStep(item.sequence, item.sequence, item.start + skipped, taken))
-        rows = work.hidden[self.num_done : self.num_done + num_tokens]
-        return StepWork(work.session, work.span, items, rows, work.on_done)
-
-
 class Engine:
     """Owns a backend and the thread it runs on. `start` before use, `stop` to end; submit from any thread."""
 
@@ -124,13 +52,17 @@ class Engine:
         backend: SpanBackend,
         config: SchedulerConfig | None = None,
         *,
+        first_step_s: float | None = None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`first_step_s` is what a decoding step takes as far as known before the first; it is only told to others."""
         self._backend = backend
         self._config = config or SchedulerConfig()
         self._now_s = now_s
-        self._inbox: queue.SimpleQueue[_Job | StatelessWork | SessionKey | None] = queue.SimpleQueue()
-        self._jobs: dict[SessionKey, deque[_Job]] = {}
+        self._inbox: queue.SimpleQueue[StepJob | StatelessWork | SessionKey | Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._jobs: dict[SessionKey, deque[StepJob]] = {}
         """Unfinished steps by session, sessions in the order in which they came to wait."""
         self._stateless: deque[tuple[StatelessWork, float]] = deque()
         """Work and when it came."""
@@ -141,6 +73,10 @@ class Engine:
         self._has_stopped = False
         self._submitting = threading.Lock()
         """Held while something enters the inbox, so that nothing enters after the last look into it."""
+        self._at_work_since_s: float | None = None
+        self._first_estimate = StepEstimate(first_step_s or 0.0, 0.0)
+        self.estimate = self._first_estimate
+        """What steps take at the present load; other threads may read it."""
         self._thread = threading.Thread(target=self._run, name="swarm-engine", daemon=True)
         self.counters = EngineCounters()
 
@@ -159,16 +95,36 @@ class Engine:
         """Use of the KV memory after the last engine step."""
         return self._backend.kv_usage
 
+    @property
+    def num_tokens_run(self) -> int:
+        """Tokens that were computed since start; those answered from memory took no time."""
+        return self._backend.num_tokens_run
+
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has been at work without finishing anything; 0 while it is idle."""
+        since_s = self._at_work_since_s
+        return 0.0 if since_s is None else max(self._now_s() - since_s, 0.0)
+
+    @property
+    def memory(self) -> SessionMemory | None:
+        """Who holds the sessions' pages, to be used on the engine thread alone; None when they can not be moved."""
+        return self._backend.memory
+
+    def has_lost(self, session: SessionKey) -> bool:
+        """Whether the memory of a session was given to others."""
+        return self._backend.has_lost(session)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def submit(self, work: StepWork | StatelessWork) -> None:
         """Queue work; its on_done is called exactly once, on the engine thread, or here if that has ended."""
-        item: _Job | StatelessWork
+        item: StepJob | StatelessWork
         if isinstance(work, StepWork):
             is_decode = work.hidden.shape[0] <= self._config.decode_tokens
-            item = _Job(work, is_decode, arrived_s=self._now_s())
+            item = StepJob(work, is_decode, arrived_s=self._now_s())
         else:
             item = work
         with self._submitting:
@@ -180,6 +136,24 @@ class Engine:
     def forget(self, session: SessionKey) -> None:
         """Drop a session: what it still has queued is answered with an error, its memory is freed."""
         self._inbox.put(session)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call something on the engine thread, between steps, in the order of what else is asked.
+
+        Raises PeerFaultError when the engine has stopped.
+        """
+        with self._submitting:
+            if self._has_stopped:
+                raise PeerFaultError("the server is stopping")
+            self._inbox.put(function)
+
+    def cancel(self, works: Sequence[StepWork]) -> None:
+        """Drop steps nobody wants any more, the last ones of a session; its memory stays, and so do earlier steps."""
+        self._inbox.put(lambda: self._cancel(works))
+
+    def set_away(self, session: SessionKey, is_away: bool) -> None:
+        """Whether a session's client is away: such a session makes room before all others."""
+        self._inbox.put(lambda: self._backend.set_away(session, is_away))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; work not yet run is answered with an error. Harmless when repeated."""
@@ -227,16 +201,51 @@ class Engine:
             is_first = False
             if item is None:
                 self._is_stopping = True
-            elif isinstance(item, _Job):
+            elif isinstance(item, StepJob):
                 self._gathering.arrived(item.work.session, now_s=item.arrived_s)
                 self._jobs.setdefault(item.work.session, deque()).append(item)
             elif isinstance(item, tuple):
                 self._fail_session(item, PeerFaultError("the session was closed"))
-            else:
+            elif isinstance(item, ForwardWork | BackwardWork):
                 self._stateless.append((item, self._now_s()))
+            else:
+                self._call(item)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        self._at_work_since_s = self._now_s()
+        try:
+            function()
+        except Exception:
+            logger.exception("a request to the engine failed")
+        finally:
+            self._at_work_since_s = None
+
+    def _cancel(self, works: Sequence[StepWork]) -> None:
+        unwanted = {id(work) for work in works}
+        for session in {work.session for work in works}:
+            waiting = self._jobs.pop(session, deque[StepJob]())
+            left = deque(job for job in waiting if id(job.work) not in unwanted)
+            if left:
+                self._jobs[session] = left
+            elif waiting:
+                self._backend.drop_step(session)
+            for job in waiting:
+                if id(job.work) in unwanted:
+                    _answer(job.work, None, PeerFaultError("the step is not wanted any more"))
 
     def _run_once(self) -> float | None:
         """One engine step; returns how long to wait for news before the next (None: until there are any)."""
+        self._at_work_since_s = self._now_s()
+        try:
+            return self._run_next()
+        finally:
+            self._at_work_since_s = None
+            waiting = [jobs[0].is_decode for jobs in self._jobs.values()]
+            self.estimate = self._sizer.estimate(
+                num_prefilling=waiting.count(False), num_decoding=waiting.count(True), first=self._first_estimate
+            )
+
+    def _run_next(self) -> float | None:
         now_s = self._now_s()
         jobs = [waiting[0] for waiting in self._jobs.values() if waiting[0].retry_at_s <= now_s]
         if self._stateless and (not jobs or now_s - self._stateless[0][1] > self._config.stateless_wait_s):
@@ -256,7 +265,7 @@ class Engine:
             return 0.0
         return _RETRY_S
 
-    def _run_steps(self, jobs: Sequence[_Job], now_s: float) -> None:
+    def _run_steps(self, jobs: Sequence[StepJob], now_s: float) -> None:
         """Run what the scheduler picks of these jobs."""
         shares = plan_step(
             [Candidate(job.num_left, job.is_decode) for job in jobs],
@@ -291,7 +300,7 @@ class Engine:
                 self.counters.num_tokens += part.hidden.shape[0]
                 self._advance(job, part, result)
 
-    def _advance(self, job: _Job, part: StepWork, output: torch.Tensor) -> None:
+    def _advance(self, job: StepJob, part: StepWork, output: torch.Tensor) -> None:
         """Account for a part that has run; the step's last part answers it."""
         job.has_begun = True
         job.num_done += part.hidden.shape[0]

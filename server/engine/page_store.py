@@ -69,6 +69,11 @@ class PageStore:
         self._slab = torch.empty(num_pages * page_tokens, self.row_values, dtype=dtype, device=device)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._slab.dtype
+
+    @property
     def num_layers(self) -> int:
         return len(self.shapes)
 

@@ -15,7 +15,7 @@ from swarm.kvcache.prefix_index import PrefixEntry, PrefixIndex, PrefixTrail
 from swarm.server.engine.page_store import PageStore
 
 if TYPE_CHECKING:
-    from swarm.datatypes import Span
+    from swarm.datatypes import AdapterHash, Span
     from swarm.kvcache.page_pool import PageNumbers
 
 __all__ = ["PrefixSharing", "Trail"]
@@ -36,9 +36,9 @@ class PrefixSharing:
     def num_entries(self) -> int:
         return len(self._index)
 
-    def new_trail(self, span: Span) -> Trail:
-        """The trail of an empty sequence in the blocks of `span`."""
-        return PrefixTrail(self._index.root(str(span)), page_tokens=self._store.page_tokens)
+    def new_trail(self, span: Span, adapter: AdapterHash) -> Trail:
+        """The trail of an empty sequence in the blocks of `span`; with another adapter all keys are others."""
+        return PrefixTrail(self._index.root(f"{span} {adapter}"), page_tokens=self._store.page_tokens)
 
     def match(self, table: PageTable, trail: Trail, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Outputs [page_tokens, H] of the known leading pages of new tokens [T, H]; `table` holds these then."""

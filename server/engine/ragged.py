@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.models.adapters.rows import adapters_for_rows
 from swarm.models.narrowed import narrow
 from swarm.server.engine.batched_decode import MAX_PADDED_TOKENS, make_groups
 from swarm.server.engine.engine import NotNow
@@ -138,6 +139,18 @@ class RaggedBackend:
         self.memory.forget(session)
         self.memory.update_free()
 
+    def drop_step(self, session: SessionKey) -> None:
+        """The session's step that was last tried, or ran in part, is not gone on with."""
+        self.memory.drop_step(session)
+
+    def set_away(self, session: SessionKey, is_away: bool) -> None:
+        """Whether a session's client is away."""
+        self.memory.set_away(session, is_away)
+
+    def has_lost(self, session: SessionKey) -> bool:
+        """Whether a session was closed to make room; another thread may ask."""
+        return self.memory.has_lost(session)
+
     def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """One step of each session as one batch per part of the span; [T, H] each, or that session's error."""
         results: dict[int, torch.Tensor | NotNow | BaseException] = {}
@@ -157,7 +170,9 @@ class RaggedBackend:
             protected.add(work.session)
             batches.setdefault(work.span, {})[index] = _Prepared(work, items)
         for span, batch in batches.items():
-            results |= zip(batch, self._run_batch(span, list(batch.values())), strict=True)
+            # Rows of one adapter side by side take one product for it in each layer.
+            order = sorted(batch, key=lambda index: works[index].adapter)
+            results |= zip(order, self._run_batch(span, [batch[index] for index in order]), strict=True)
         self.memory.update_free()
         return [results[index] for index in range(len(works))]
 
@@ -192,8 +207,10 @@ class RaggedBackend:
         hidden = hidden.to(device=model.device, dtype=model.dtype)
         plan, positions = self._plan(span, batch)
         token = current_plan.set(plan)
+        adapters = [(prepared.work.adapter, len(part)) for prepared, part in zip(batch, rows, strict=True)]
         try:
-            packed = model(hidden.unsqueeze(0), positions)
+            with adapters_for_rows(adapters):
+                packed = model(hidden.unsqueeze(0), positions)
         finally:
             current_plan.reset(token)
         return packed.squeeze(0).cpu()

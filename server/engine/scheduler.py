@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Candidate", "ChunkSizer", "SchedulerConfig", "Share", "plan_step"]
+__all__ = ["Candidate", "ChunkSizer", "SchedulerConfig", "Share", "StepEstimate", "plan_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,16 @@ class Share:
     index: int
     """Of the candidate."""
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepEstimate:
+    """What steps take at the present load; 0 is not known."""
+
+    step_s: float
+    """A step of one token."""
+    token_s: float
+    """Each further token of a long step."""
 
 
 def plan_step(
@@ -127,6 +137,16 @@ class ChunkSizer:
             return 4 * config.min_chunk_tokens
         wanted = int(config.chunk_share * self._decode_step_s / max(self._prefill_token_s, 1e-9))
         return max(config.min_chunk_tokens, min(wanted, config.max_step_tokens))
+
+    def estimate(self, *, num_prefilling: int, num_decoding: int, first: StepEstimate) -> StepEstimate:
+        """What one more session's steps would take beside sessions that prefill and decode now.
+
+        `first` stands for what is not measured yet.
+        """
+        # A chunk may run before each decoding step, and a decoding step before each chunk; chunks are shared.
+        step_s = (self._decode_step_s or first.step_s) * (1 + (self.config.chunk_share if num_prefilling else 0))
+        token_s = (self._prefill_token_s or first.token_s) * (num_prefilling + 1) * (2 if num_decoding else 1)
+        return StepEstimate(step_s, token_s)
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm.errors import BadInputError, PeerBusyError, SessionStateError
+from swarm.models.adapters.rows import adapters_for_rows
 from swarm.models.narrowed import narrow
 from swarm.server.capacity import kv_tokens_that_fit
 from swarm.server.engine.engine import NotNow
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from swarm.datatypes import Span
     from swarm.models import SpanCache, SpanModel
     from swarm.models.narrowed import NarrowedSpan
+    from swarm.server.engine.session_memory import SessionMemory
 
 __all__ = ["SequentialBackend"]
 
@@ -38,6 +40,8 @@ class SequentialBackend:
         self._num_tokens_used: dict[SessionKey, int] = {}
         self.num_tokens_run = 0
         """Tokens that were computed since start."""
+        self.memory: SessionMemory | None = None
+        """There are no pages to move to another server."""
         self._caches: dict[SessionKey, dict[int, SpanCache]] = {}
         self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
 
@@ -71,6 +75,16 @@ class SequentialBackend:
         self._caches.pop(session, None)
         self._num_tokens_used.pop(session, None)
 
+    def drop_step(self, session: SessionKey) -> None:
+        """Nothing to do: a step runs whole or not at all."""
+
+    def set_away(self, session: SessionKey, is_away: bool) -> None:
+        """Nothing to do: no session makes room for another."""
+
+    def has_lost(self, session: SessionKey) -> bool:
+        """Never: no session makes room for another."""
+        return False
+
     def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """One step of each session, in turn; [T, H] each, or that session's error."""
         results: list[torch.Tensor | NotNow | BaseException] = []
@@ -103,7 +117,8 @@ class SequentialBackend:
                 continue
             positions = torch.arange(item.start, item.start + item.count, device=model.device).unsqueeze(0)
             rows = hidden[row : row + item.count].unsqueeze(0)
-            outputs.append(model(rows, positions, cache=caches[item.sequence]).squeeze(0))
+            with adapters_for_rows([(work.adapter, item.count)]):
+                outputs.append(model(rows, positions, cache=caches[item.sequence]).squeeze(0))
             row += item.count
         if not outputs:
             return hidden

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from swarm.kvcache.page_pool import OutOfPagesError, PagePool
 from swarm.kvcache.page_table import PageTable
 from swarm.server.engine.page_store import PageStore
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SpilledPages", "count_pages", "restore_pages", "spill_pages"]
+__all__ = ["SpilledPages", "count_pages", "place_pages", "restore_pages", "spill_pages"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,27 @@ def spill_pages(store: PageStore, tables: Mapping[int, PageTable]) -> SpilledPag
 def restore_pages(store: PageStore, spilled: SpilledPages, tables: Mapping[int, PageTable]) -> None:
     """Fill empty tables as they were. Raises OutOfPagesError, and then nothing has changed."""
     pool = store.pool
-    pages = np.full(spilled.num_pages, -1, dtype=np.int64)
-    if spilled.num_pages > pool.num_free:
-        pool.allocate(spilled.num_pages)  # raises
-    for layout in spilled.layouts.values():
+    pages = place_pages(pool, list(spilled.layouts.values()), spilled.num_pages)
+    store.load_pages(pages, spilled.contents)
+    for sequence, layout in spilled.layouts.items():
+        tables[sequence].adopt(pages[layout], spilled.lengths[sequence])
+    pool.release(pages)  # the tables own them now
+
+
+def place_pages(pool: PagePool, layouts: Sequence[npt.NDArray[np.int64]], num_pages: int) -> npt.NDArray[np.int64]:
+    """Take a page of the pool for each number in `layouts`, neighbours for the pages of a layer where possible.
+
+    Each layout is a sequence's [layers, pages] numbers from 0 to `num_pages` - 1, each of which is in some layout.
+    Raises OutOfPagesError, and then nothing has changed.
+    """
+    if num_pages > pool.num_free:
+        raise OutOfPagesError(f"{num_pages} pages were asked for, {pool.num_free} are free")
+    pages = np.full(num_pages, -1, dtype=np.int64)
+    for layout in layouts:
         for rows in layout:
             missing = rows[pages[rows] < 0]
             if len(missing):
                 place = int(np.flatnonzero(rows == missing[0])[0])
                 after = int(pages[rows[place - 1]]) if place else None
                 pages[missing] = pool.allocate(len(missing), after=after)
-    store.load_pages(pages, spilled.contents)
-    for sequence, layout in spilled.layouts.items():
-        tables[sequence].adopt(pages[layout], spilled.lengths[sequence])
-    pool.release(pages)  # the tables own them now
+    return pages

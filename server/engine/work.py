@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from swarm.models.adapters.rows import NO_ADAPTER
+
 if TYPE_CHECKING:
     import torch
 
-    from swarm.datatypes import Span
+    from swarm.datatypes import AdapterHash, Span
     from swarm.server.session_mirror import SequenceStep
 
 __all__ = ["BackwardWork", "ForwardWork", "SessionKey", "StepWork", "WorkDone"]
@@ -34,6 +36,8 @@ class StepWork:
     hidden: torch.Tensor
     """[T, H], rows in the order of `sequences`."""
     on_done: WorkDone
+    adapter: AdapterHash = NO_ADAPTER
+    """The same in every step of a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class ForwardWork:
     hidden: torch.Tensor
     """[T, H]"""
     on_done: WorkDone
+    adapter: AdapterHash = NO_ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +64,4 @@ class BackwardWork:
     gradient: torch.Tensor
     """[T, H] gradient of the outputs."""
     on_done: WorkDone
+    adapter: AdapterHash = NO_ADAPTER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from swarm.errors import PeerBusyError
+from swarm.errors import PeerBusyError, PeerLeavingError
 from swarm.kvcache.admission import AdmissionConfig, AdmissionQueue
 from swarm.server.engine.work import SessionKey
 
@@ -21,10 +21,19 @@ class AdmissionDesk:
         self._queue: AdmissionQueue[SessionKey] = AdmissionQueue(num_tokens_total=num_tokens_total, config=config)
         self._changed: dict[SessionKey, asyncio.Event] = {}
         self._admitted: set[SessionKey] = set()
+        self._has_closed = False
 
     @property
     def num_waiting(self) -> int:
         return self._queue.num_waiting
+
+    def has_place(self, num_tokens_expected: int) -> bool:
+        """Whether a session that expects to use so much would be let in now."""
+        return self._queue.has_place(num_tokens_expected)
+
+    def enter_now(self, key: SessionKey, num_tokens_expected: int) -> bool:
+        """Let a session in if there is a place at once. Raises ValueError when it is inside or waits already."""
+        return self._queue.request(key, num_tokens_expected, may_wait=False).is_admitted
 
     async def enter(
         self,
@@ -36,7 +45,8 @@ class AdmissionDesk:
     ) -> None:
         """Return once the session may start; the caller must `leave` it when it has ended.
 
-        Raises PeerBusyError when it may not wait, or the queue is full. A cancelled wait leaves nothing behind.
+        Raises PeerBusyError when it may not wait, or the queue is full, PeerLeavingError after `turn_away`. A
+        cancelled wait leaves nothing behind.
         """
         decision = self._queue.request(key, num_tokens_expected, may_wait=may_wait)
         if decision.is_admitted:
@@ -59,12 +69,24 @@ class AdmissionDesk:
                     continue  # the turn may have come meanwhile
                 changed.clear()
                 await changed.wait()
+                if self._has_closed:
+                    raise PeerLeavingError("this server is leaving and takes no new sessions")
         except BaseException:
             self.leave(key)
             raise
         finally:
             self._changed.pop(key, None)
             self._admitted.discard(key)
+
+    def turn_away(self) -> None:
+        """The server is leaving: everybody who waits hears so, and nobody is to ask until `let_in`."""
+        self._has_closed = True
+        for changed in self._changed.values():
+            changed.set()
+
+    def let_in(self) -> None:
+        """The server stays after all."""
+        self._has_closed = False
 
     def leave(self, key: SessionKey) -> None:
         """A session has ended; whoever fits now is let in. Harmless when repeated."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from swarm.datatypes import PeerId, Span
+from swarm.datatypes import AdapterHash, AdapterInfo, PeerId, Span
 from swarm.discovery.addresses import parse_host_port
 from swarm.errors import BadInputError, LengthLimitError, NoRouteError
 from swarm.pb import node_pb2
@@ -15,7 +15,16 @@ from swarm.server.rpc.push import NextHop
 from swarm.wire.frames import Frame
 from swarm.wire.limits import HIDDEN_DTYPES, MAX_SEQUENCES, PROTOCOL_VERSION
 
-__all__ = ["HostedModel", "check_open", "check_run", "check_step_tensor", "read_next_hop"]
+__all__ = [
+    "SESSION_ID_BYTES",
+    "HostedModel",
+    "check_adapter",
+    "check_open",
+    "check_run",
+    "check_served",
+    "check_step_tensor",
+    "read_next_hop",
+]
 
 SESSION_ID_BYTES: Final = 16
 MAX_ADDRESSES: Final = 8
@@ -31,7 +40,11 @@ class HostedModel:
     max_positions: int
     """Context length of the model."""
     kv_policy: str
+    weights: str
+    """Precision of the weights, as announced."""
     peer_id: PeerId
+    adapters: Sequence[AdapterInfo] = ()
+    """What sessions and runs may choose."""
 
 
 def check_open(request: pb.Open, model: HostedModel) -> None:
@@ -40,7 +53,8 @@ def check_open(request: pb.Open, model: HostedModel) -> None:
         raise BadInputError(f"protocol {request.protocol} is not spoken here, only {PROTOCOL_VERSION}; upgrade")
     if len(request.session_id) != SESSION_ID_BYTES:
         raise BadInputError(f"a session id has {SESSION_ID_BYTES} bytes, not {len(request.session_id)}")
-    _check_served(request.model_hash, request.start, request.end, model)
+    check_served(request.model_hash, request.start, request.end, model)
+    check_adapter(request.adapter, model)
     if not 1 <= request.max_length <= model.max_positions:
         raise LengthLimitError(
             f"max_length {request.max_length} is outside 1..{model.max_positions}, the model's context"
@@ -49,6 +63,14 @@ def check_open(request: pb.Open, model: HostedModel) -> None:
         raise LengthLimitError(f"{request.max_sequences} sequences were asked for, {MAX_SEQUENCES} are allowed")
     if request.kv_policy not in ("", model.kv_policy):
         raise NoRouteError(f"KV policy {request.kv_policy!r} is not offered here, only {model.kv_policy!r}")
+
+
+def check_adapter(adapter: str, model: HostedModel) -> AdapterHash:
+    """The adapter that a request names by its hash; none for the empty one. Raises NoRouteError."""
+    if adapter and not any(info.adapter_hash == adapter for info in model.adapters):
+        offered = ", ".join(f"{info.name} ({info.adapter_hash})" for info in model.adapters) or "none"
+        raise NoRouteError(f"the adapter {adapter[:32]!r} is not offered here; offered: {offered}")
+    return AdapterHash(adapter)
 
 
 def read_next_hop(request: pb.Open) -> NextHop | None:
@@ -74,7 +96,7 @@ def check_run(
     request: node_pb2.RunRequest, frame: Frame, model: HostedModel, *, num_tensors: int
 ) -> tuple[Span, Sequence[int]]:
     """Blocks and tokens per sequence of a stateless run. Raises NoRouteError or BadInputError."""
-    _check_served(request.model_hash, request.start, request.end, model)
+    check_served(request.model_hash, request.start, request.end, model)
     counts = list(request.counts)
     if not counts or min(counts) < 1 or max(counts) > model.max_positions:
         raise BadInputError(f"sequences must have 1 to {model.max_positions} tokens")
@@ -86,7 +108,8 @@ def check_run(
     return Span(start=request.start, end=request.end), counts
 
 
-def _check_served(model_hash: str, start: int, end: int, model: HostedModel) -> None:
+def check_served(model_hash: str, start: int, end: int, model: HostedModel) -> None:
+    """Raises NoRouteError unless this server holds these blocks of this model."""
     if model_hash != model.model_hash:
         raise NoRouteError(f"model {model_hash[:12]} is not served here, only {model.model_hash[:12]}")
     if not (model.span.start <= start < end <= model.span.end):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
-from swarm.datatypes import ServerInfo, Span
-from swarm.errors import AddressInUseError, BadInputError, PeerBusyError, SwarmError
+from swarm.datatypes import AdapterHash, ServerInfo, Span
+from swarm.errors import AddressInUseError, BadInputError, PeerBusyError, PeerLeavingError, SwarmError
 from swarm.pb import node_pb2, session_pb2
-from swarm.server.engine.engine import Engine
 from swarm.server.engine.work import BackwardWork, ForwardWork, WorkDone
-from swarm.server.rpc.request_checks import HostedModel, check_run
+from swarm.server.hosting import Hosting
+from swarm.server.rpc.request_checks import check_adapter, check_run
 from swarm.server.rpc.sessions import ServerSession, SessionTable
 from swarm.wire.failures import failure_from_error
 from swarm.wire.frames import Frame, decode_frame, encode_frame
@@ -36,7 +37,9 @@ LookupAnswer = Callable[[bytes], Awaitable[bytes]]
 
 
 class NodeService:
-    """Answers one server's calls; lives on the event loop.
+    """Answers one server's calls; lives on the event loop, and outlives what is hosted.
+
+    Before `host` and after `unhost` it answers questions and look-ups only.
 
     `describe` gives the server's current account of itself; `answer_lookup` serves look-ups for clients
     without a DHT; `join_addresses` are what others may pass to --join.
@@ -45,16 +48,13 @@ class NodeService:
     def __init__(
         self,
         *,
-        model: HostedModel,
-        sessions: SessionTable,
-        engine: Engine,
         describe: Callable[[], ServerInfo],
         answer_lookup: LookupAnswer,
         join_addresses: Callable[[], list[str]],
     ) -> None:
-        self._model = model
-        self._sessions = sessions
-        self._engine = engine
+        self._hosting: Hosting | None = None
+        self._streams: set[asyncio.Task[object]] = set()
+        """Handlers of sessions and pushes; they belong to what is hosted now."""
         self._describe = describe
         self._answer_lookup = answer_lookup
         self._join_addresses = join_addresses
@@ -74,6 +74,7 @@ class NodeService:
                     {
                         "Session": stream(self._session),
                         "Push": stream(self._push),
+                        "Handover": stream(self._handover),
                         "Forward": unary(self._forward),
                         "Backward": unary(self._backward),
                         "Health": unary(self._health),
@@ -102,10 +103,27 @@ class NodeService:
             await self._server.stop(grace_s)
             self._server = None
 
+    def host(self, hosting: Hosting) -> None:
+        """Serve these blocks from now on. Whatever was served before must be unhosted first."""
+        assert self._hosting is None
+        self._hosting = hosting
+
+    async def unhost(self) -> None:
+        """Serve no blocks any more; streams that are open end."""
+        self._hosting = None
+        streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+    def _hosted(self) -> Hosting:
+        if self._hosting is None:
+            raise PeerLeavingError("this server is loading other blocks")
+        return self._hosting
+
     # -- sessions ------------------------------------------------------------------------------
 
     async def _session(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
-        session: ServerSession | None = None
         writing = asyncio.Lock()
 
         async def send(body: bytes) -> None:
@@ -116,47 +134,87 @@ class NodeService:
                     logger.debug("a client went away while it was answered: %s", error)
 
         try:
-            async for body in _messages(requests, first_timeout_s=self._sessions.limits.first_message_timeout_s):
+            hosting = self._hosted()
+        except PeerLeavingError as error:
+            await send(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
+            return
+        with self._stream_of(hosting):
+            await self._serve_session(hosting.sessions, requests, send)
+
+    async def _serve_session(
+        self, sessions: SessionTable, requests: AsyncIterator[Bytes], send: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        session: ServerSession | None = None
+        try:
+            async for body in _messages(requests, first_timeout_s=sessions.limits.first_message_timeout_s):
                 try:
                     header, frame = decode_frame(body, session_pb2.SessionRequest)
                     kind = header.WhichOneof("kind")
                     if kind == "open":
                         if session is not None:
                             raise BadInputError("a stream holds one session, and this one has it already")
-                        session, opened = await self._sessions.open(header.open, send)
+                        session, opened = await sessions.open(header.open, send)
                         await send(encode_frame(session_pb2.SessionReply(opened=opened)))
                     elif session is None:
                         raise BadInputError("the first message of a session stream must be `open`")
                     elif kind == "step":
-                        await self._sessions.take_step(session, header.step, frame)
+                        await sessions.take_step(session, header.step, frame)
                     elif kind == "close":
-                        await self._sessions.close(session)
+                        await sessions.close(session)
                         return
                     else:
                         raise BadInputError("a session message of no known kind was sent")
                 except SwarmError as error:
                     await send(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
                     if session is not None and isinstance(error, BadInputError):
-                        await self._sessions.close(session)
+                        await sessions.close(session)
                     if session is None or isinstance(error, BadInputError):
                         return
         finally:
             if session is not None:
-                self._sessions.detach(session, send)
+                sessions.detach(session, send)
 
     async def _push(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
         # Headers tell the sender at once that somebody is here.
         await context.send_initial_metadata(())
-        async for body in _messages(requests, first_timeout_s=self._sessions.limits.first_message_timeout_s):
-            try:
-                header, frame = decode_frame(body, session_pb2.SessionRequest)
-                if header.WhichOneof("kind") != "step":
-                    raise BadInputError("only steps can be pushed")
-                session = self._sessions.find(header.step.session_id, epoch=header.step.epoch)
-                await self._sessions.take_step(session, header.step, frame)
-            except SwarmError as error:
-                await context.write(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
-                return
+        try:
+            hosting = self._hosted()
+            with self._stream_of(hosting):
+                await self._take_pushed(hosting.sessions, requests)
+        except SwarmError as error:
+            await context.write(encode_frame(session_pb2.SessionReply(failure=failure_from_error(error))))
+
+    async def _take_pushed(self, sessions: SessionTable, requests: AsyncIterator[Bytes]) -> None:
+        async for body in _messages(requests, first_timeout_s=sessions.limits.first_message_timeout_s):
+            header, frame = decode_frame(body, session_pb2.SessionRequest)
+            if header.WhichOneof("kind") != "step":
+                raise BadInputError("only steps can be pushed")
+            session = sessions.find(header.step.session_id, epoch=header.step.epoch)
+            await sessions.take_step(session, header.step, frame)
+
+    async def _handover(self, requests: AsyncIterator[Bytes], context: grpc.aio.ServicerContext[Bytes, Bytes]) -> None:
+        await context.send_initial_metadata(())
+        try:
+            hosting = self._hosted()
+        except PeerLeavingError as error:
+            await context.write(encode_frame(node_pb2.HandoverReply(failure=failure_from_error(error))))
+            return
+        with self._stream_of(hosting):
+            await hosting.handovers.receive(requests, context.write)
+
+    @contextlib.contextmanager
+    def _stream_of(self, hosting: Hosting) -> Iterator[None]:
+        """Makes the running handler end, as if by itself, when what it serves is unhosted."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._hosting is hosting:
+                raise
+        finally:
+            self._streams.discard(task)
 
     # -- stateless runs ------------------------------------------------------------------------
 
@@ -169,9 +227,11 @@ class NodeService:
     async def _run_stateless(self, body: bytes, *, num_tensors: int) -> bytes:
         started_s = time.perf_counter()
         try:
+            hosting = self._hosted()
             request, frame = decode_frame(body, node_pb2.RunRequest, max_tensors=num_tensors)
-            span, counts = check_run(request, frame, self._model, num_tensors=num_tensors)
-            if self._num_runs >= self._sessions.limits.max_runs_under_way:
+            span, counts = check_run(request, frame, hosting.model, num_tensors=num_tensors)
+            adapter = check_adapter(request.adapter, hosting.model)
+            if self._num_runs >= hosting.sessions.limits.max_runs_under_way:
                 raise PeerBusyError(f"{self._num_runs} stateless runs are under way, the most this server takes")
             loop = asyncio.get_running_loop()
             result: asyncio.Future[torch.Tensor] = loop.create_future()
@@ -189,7 +249,7 @@ class NodeService:
                 loop.call_soon_threadsafe(finish, output, error)
 
             self._num_runs += 1
-            self._engine.submit(_stateless_work(frame, span, counts, on_done, num_tensors))
+            hosting.engine.submit(_stateless_work(frame, span, counts, adapter, on_done))
             output = await result
         except SwarmError as error:
             return encode_frame(node_pb2.RunReply(failure=failure_from_error(error)))
@@ -200,22 +260,30 @@ class NodeService:
 
     async def _health(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
         info = self._describe()
-        return node_pb2.HealthReply(state=info.state.value, peer_id=info.peer_id).SerializeToString()
+        silent_s = self._hosting.engine.silent_s if self._hosting is not None else 0.0
+        return node_pb2.HealthReply(
+            state=info.state.value, peer_id=info.peer_id, engine_silent_ms=int(silent_s * 1000)
+        ).SerializeToString()
 
     async def _info(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
         from swarm.discovery.records import to_record
 
-        counters = self._engine.counters
-        return node_pb2.InfoReply(
+        reply = node_pb2.InfoReply(
             server=to_record(self._describe(), expires_at=time.time() + 60.0),
             uptime_s=int(time.monotonic() - self._started_s),
-            num_steps=counters.num_steps,
-            num_tokens=counters.num_tokens,
-            num_failed_steps=counters.num_failed_steps,
             join_addresses=self._join_addresses(),
-            num_batches=counters.num_batches,
-            kv=node_pb2.KVUsage(**dataclasses.asdict(self._engine.kv_usage)),
-        ).SerializeToString()
+        )
+        if self._hosting is not None:
+            engine = self._hosting.engine
+            reply.num_steps = engine.counters.num_steps
+            reply.num_tokens = engine.counters.num_tokens
+            reply.num_failed_steps = engine.counters.num_failed_steps
+            reply.num_batches = engine.counters.num_batches
+            reply.num_tokens_run = engine.num_tokens_run
+            reply.num_sessions_taken_over = self._hosting.sessions.moves.num_taken_over
+            reply.num_sessions_handed_over = self._hosting.sessions.moves.num_handed_over
+            reply.kv.CopyFrom(node_pb2.KVUsage(**dataclasses.asdict(engine.kv_usage)))
+        return reply.SerializeToString()
 
     async def _lookup(self, body: Bytes, context: grpc.aio.ServicerContext[Bytes, Bytes]) -> Bytes:
         try:
@@ -244,8 +312,11 @@ async def _messages(requests: AsyncIterator[Bytes], *, first_timeout_s: float) -
 
 
 def _stateless_work(
-    frame: Frame, span: Span, counts: Sequence[int], on_done: WorkDone, num_tensors: int
+    frame: Frame, span: Span, counts: Sequence[int], adapter: AdapterHash, on_done: WorkDone
 ) -> ForwardWork | BackwardWork:
-    if num_tensors == 1:
-        return ForwardWork(span=span, counts=counts, hidden=frame.tensor(0), on_done=on_done)
-    return BackwardWork(span=span, counts=counts, hidden=frame.tensor(0), gradient=frame.tensor(1), on_done=on_done)
+    hidden = frame.tensor(0)
+    if len(frame.tensors) == 1:
+        return ForwardWork(span=span, counts=counts, hidden=hidden, on_done=on_done, adapter=adapter)
+    return BackwardWork(
+        span=span, counts=counts, hidden=hidden, gradient=frame.tensor(1), on_done=on_done, adapter=adapter
+    )

@@ -68,11 +68,15 @@ class AdmissionQueue(Generic[Key]):
             return True
         return len(self._inside) < self._config.max_sessions and self._num_tokens_expected + num_tokens <= self._limit
 
+    def has_place(self, num_tokens_expected: int) -> bool:
+        """Whether a session that expects to use so much would be let in now."""
+        return not self._waiting and self._fits(num_tokens_expected)
+
     def request(self, key: Key, num_tokens_expected: int, *, may_wait: bool) -> Decision:
         """Ask to start. Nobody overtakes those who wait."""
         if key in self._inside or key in self._waiting:
             raise ValueError("this session has asked before")
-        if not self._waiting and self._fits(num_tokens_expected):
+        if self.has_place(num_tokens_expected):
             self._admit(key, num_tokens_expected)
             return Decision(True, None)
         if not may_wait or len(self._waiting) >= self._config.max_waiting:

@@ -51,7 +51,7 @@ class PrefixIndex(Generic[Output]):
         return iter(self._entries.values())
 
     def root(self, name: str) -> Digest:
-        """The digest before the first page of a sequence that runs the blocks called `name`."""
+        """The digest before the first page of a sequence that runs the blocks, and the adapter, called `name`."""
         return hashlib.blake2b(name.encode(), key=self._key, digest_size=_DIGEST_BYTES).digest()
 
     def extend(self, digest: Digest, content: bytes) -> Digest:

@@ -42,7 +42,9 @@ def encode_frame(header: Message, tensors: Sequence[torch.Tensor] = ()) -> bytes
     return b"".join((_LENGTH.pack(len(header_bytes)), header_bytes, *(encode_tensor(tensor) for tensor in tensors)))
 
 
-def decode_frame(body: bytes, header_type: type[_Header], *, max_tensors: int = 1) -> tuple[_Header, Frame]:
+def decode_frame(
+    body: bytes, header_type: type[_Header], *, max_tensors: int = 1, max_header_bytes: int = MAX_HEADER_BYTES
+) -> tuple[_Header, Frame]:
     """Split a message; every claim in it is checked, nothing of tensor size is allocated.
 
     Raises BadInputError for anything that is not a well-formed frame of at most `max_tensors` tensors.
@@ -50,7 +52,7 @@ def decode_frame(body: bytes, header_type: type[_Header], *, max_tensors: int = 
     if len(body) < _LENGTH.size:
         raise BadInputError(f"a message of {len(body)} bytes is too short to be a frame")
     (header_size,) = _LENGTH.unpack_from(body)
-    if header_size > MAX_HEADER_BYTES or header_size > len(body) - _LENGTH.size:
+    if header_size > max_header_bytes or header_size > len(body) - _LENGTH.size:
         raise BadInputError(f"a frame announces a header of {header_size} bytes in a message of {len(body)}")
     offset = _LENGTH.size + header_size
     header = header_type()

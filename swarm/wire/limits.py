@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = [
     "HIDDEN_DTYPES",
+    "MAX_HANDOVER_HEADER_BYTES",
+    "MAX_HANDOVER_PAGES_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_MESSAGE_BYTES",
     "MAX_SEQUENCES",
@@ -18,6 +20,12 @@ PROTOCOL_VERSION = 1
 
 MAX_HEADER_BYTES = 64 * 1024
 """A header names at most MAX_SEQUENCES sequences; 64 KiB holds that several times over."""
+
+MAX_HANDOVER_HEADER_BYTES = 2 * 1024 * 1024
+"""An offer names every page of a session: half a million pages are a session of 100 000 tokens in 80 blocks."""
+
+MAX_HANDOVER_PAGES_BYTES = 8 * 1024 * 1024
+"""Pages of one message of a hand-over (or one page, if that is larger): what the engine copies between two steps."""
 
 MAX_TENSOR_BYTES = 64 * 1024 * 1024
 """4096 positions of a 70B-class model (hidden size 8192) in bf16; longer inputs travel in chunks."""

@@ -16,6 +16,7 @@ from swarm.errors import BadInputError, PeerFaultError
 from swarm.server.engine.engine import Engine, NotNow
 from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.scheduler import SchedulerConfig
+from swarm.server.engine.session_memory import SessionMemory
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -31,7 +32,10 @@ class FakeBackend:
 
     react: Callable[[StepWork], Result | None] = lambda work: None
     batches: list[list[StepWork]] = field(default_factory=list)
+    memory: SessionMemory | None = None
     forgotten: list[SessionKey] = field(default_factory=list)
+    dropped: list[SessionKey] = field(default_factory=list)
+    away: dict[SessionKey, bool] = field(default_factory=dict)
     num_tokens_total: int = 100
     num_tokens_free: int = 100
     num_tokens_run: int = 0
@@ -57,6 +61,15 @@ class FakeBackend:
     def forget(self, session: SessionKey) -> None:
         self.forgotten.append(session)
 
+    def drop_step(self, session: SessionKey) -> None:
+        self.dropped.append(session)
+
+    def set_away(self, session: SessionKey, is_away: bool) -> None:
+        self.away[session] = is_away
+
+    def has_lost(self, session: SessionKey) -> bool:
+        return False
+
 
 @dataclass
 class Answer:
@@ -64,6 +77,7 @@ class Answer:
 
     calls: list[tuple[torch.Tensor | None, BaseException | None]] = field(default_factory=list)
     event: threading.Event = field(default_factory=threading.Event)
+    work: StepWork | None = None
 
     def __call__(self, output: torch.Tensor | None, error: BaseException | None) -> None:
         self.calls.append((output, error))
@@ -97,7 +111,8 @@ def submit(engine: Engine, session: SessionKey, *items: tuple[int, int, int, int
     num_rows = sum(item.count for item in sequences)
     answer = Answer()
     hidden = torch.arange(num_rows, dtype=torch.float32).unsqueeze(1) + session[0][0] * 1000
-    engine.submit(StepWork(session, SPAN, sequences, hidden, answer))
+    answer.work = StepWork(session, SPAN, sequences, hidden, answer)
+    engine.submit(answer.work)
     return answer
 
 
@@ -312,3 +327,66 @@ def test_many_threads_get_their_own_answers(engine: Engine, backend: FakeBackend
     for thread in threads:
         thread.join(20)
     assert not problems and engine.counters.num_steps == 160
+
+
+def test_cancelled_steps_do_not_run_and_earlier_ones_do(engine: Engine, backend: FakeBackend) -> None:
+    """A client that goes on from an earlier state wants the steps after it neither run nor waited for."""
+    busy = submit(engine, B, (0, 0, 0, 1))
+    wait_until_asked(engine)
+    answers = [submit(engine, A, (0, 0, start, 1)) for start in range(3)]
+    engine.cancel([work_of(answer, A) for answer in answers[1:]])
+    later = submit(engine, A, (0, 0, 1, 2))
+    backend.gate.set()
+    check(busy, B, 1)
+    check(answers[0], A, 1)
+    check(later, A, 2)
+    assert all(isinstance(answer.wait(), PeerFaultError) for answer in answers[1:])
+    assert [work.sequences[0].start for work in parts_of(backend, A)] == [0, 1]
+    assert not backend.forgotten
+
+
+def test_a_step_cancelled_half_way_is_dropped_by_the_backend(engine: Engine, backend: FakeBackend) -> None:
+    """What a backend prepared for it must not be taken for the next step's."""
+    answer = submit(engine, A, (0, 0, 0, 200))
+    wait_until_asked(engine)
+    engine.cancel([work_of(answer, A)])
+    backend.gate.set()
+    assert isinstance(answer.wait(), PeerFaultError)
+    assert len(parts_of(backend, A)) == 1 and backend.dropped == [A]
+    check(submit(engine, A, (0, 0, 0, 2)), A, 2)
+
+
+def test_an_engine_says_how_long_it_has_been_silent(engine: Engine, backend: FakeBackend) -> None:
+    """Others tell a hung engine from an idle one by it."""
+    assert engine.silent_s == 0.0
+    answer = submit(engine, A, (0, 0, 0, 1))
+    wait_until_asked(engine)
+    time.sleep(0.05)
+    assert engine.silent_s >= 0.05
+    backend.gate.set()
+    check(answer, A, 1)
+    wait_for(lambda: engine.silent_s == 0.0)
+
+
+def test_an_estimate_is_known_before_the_first_step() -> None:
+    """The first client of a server wants to know, too; measured times replace it."""
+    engine = Engine(FakeBackend(), first_step_s=0.25)
+    assert engine.estimate.step_s == 0.25 and engine.estimate.token_s == 0.0
+    engine.stop()
+
+
+def work_of(answer: Answer, session: SessionKey) -> StepWork:
+    assert answer.work is not None and answer.work.session == session
+    return answer.work
+
+
+def wait_until_asked(engine: Engine) -> None:
+    """Until the engine is within a batch."""
+    wait_for(lambda: engine.silent_s > 0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, Share, plan_step
+from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, Share, StepEstimate, plan_step
 
 CANDIDATES = st.lists(
     st.one_of(
@@ -115,3 +115,16 @@ def test_senseless_settings_are_refused(settings: dict[str, int]) -> None:
     """A scheduler that never picks anything would hang every client."""
     with pytest.raises(ValueError, match="SchedulerConfig"):
         SchedulerConfig(**settings)
+
+
+def test_estimates_follow_the_load() -> None:
+    """Clients judge by them whether a server hangs, so they must grow with what stands in line."""
+    sizer = ChunkSizer(SchedulerConfig())
+    first = StepEstimate(0.5, 0.0)
+    assert sizer.estimate(num_prefilling=0, num_decoding=0, first=first) == first
+    sizer.record(num_tokens=1, is_prefill=False, seconds=0.1, now_s=0.0)
+    sizer.record(num_tokens=100, is_prefill=True, seconds=1.0, now_s=0.0)
+    idle = sizer.estimate(num_prefilling=0, num_decoding=0, first=first)
+    assert (idle.step_s, idle.token_s) == (0.1, 0.01)
+    loaded = sizer.estimate(num_prefilling=1, num_decoding=3, first=first)
+    assert loaded.step_s > 2 * idle.step_s and loaded.token_s == 4 * idle.token_s

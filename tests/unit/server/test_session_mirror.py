@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 
 from swarm.errors import BadInputError, LengthLimitError, SessionClosedError, SessionStateError
-from swarm.server.session_mirror import MirrorState, SequenceStep, SessionMirror, Verdict
+from swarm.server.session_mirror import (
+    MAX_CHECKPOINTS,
+    Checkpoint,
+    MirrorState,
+    SequenceStep,
+    SessionMirror,
+    Verdict,
+)
 
 
 def make_mirror() -> SessionMirror:
@@ -109,3 +119,161 @@ def test_a_failed_session_is_dead_for_good() -> None:
     assert mirror.state is MirrorState.CLOSED
     with pytest.raises(RuntimeError):
         mirror.fail()
+
+
+def keep(mirror: SessionMirror, epoch: int, kept_epoch: int, kept_step: int) -> SessionMirror:
+    kept = mirror.kept(epoch=epoch, kept_epoch=kept_epoch, kept_step=kept_step)
+    assert kept is not None
+    mirror.close()
+    return kept
+
+
+def test_the_first_step_of_an_epoch_may_have_any_number() -> None:
+    """A hop that kept its state takes no part in the replay to others, so its first step comes late."""
+    mirror = make_mirror()
+    assert judge(mirror, 7, (0, 0, 0, 2)) is Verdict.RUN
+    assert judge(mirror, 7, (0, 0, 0, 2)) is Verdict.REPEAT
+    with pytest.raises(SessionStateError):
+        judge(mirror, 9, (0, 0, 2, 1))
+    assert judge(mirror, 8, (0, 0, 2, 1)) is Verdict.RUN
+    with pytest.raises(SessionStateError):
+        judge(make_mirror(), 0, (0, 0, 0, 1))
+
+
+def test_a_state_is_kept_into_a_higher_epoch() -> None:
+    """Losing one hop must not cost the others what they hold: later steps are undone, the rest goes on."""
+    mirror = make_mirror()
+    for step, start in enumerate((0, 4, 8), start=1):
+        judge(mirror, step, (0, 0, start, 4))
+    kept = keep(mirror, 2, 1, 2)
+    assert kept.positions == (8,) and kept.epoch == 2 and kept.last_step == 0
+    assert judge(kept, 3, (0, 0, 8, 1), epoch=2) is Verdict.RUN
+    assert kept.positions == (9,)
+
+
+def test_the_same_state_can_be_kept_again() -> None:
+    """The answer to an open may get lost: the client then asks for the same state at the next epoch."""
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4))
+    kept = keep(keep(mirror, 2, 1, 1), 3, 1, 1)
+    judge(kept, 2, (0, 0, 4, 1), epoch=3)
+    assert keep(kept, 4, 1, 1).positions == (4,)
+    assert keep(keep(make_kept(), 3, 2, 2), 4, 2, 2).positions == (5,)
+
+
+def make_kept() -> SessionMirror:
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4))
+    kept = keep(mirror, 2, 1, 1)
+    judge(kept, 2, (0, 0, 4, 1), epoch=2)
+    return kept
+
+
+@pytest.mark.parametrize(("epoch", "kept_epoch", "kept_step"), [(2, 1, 9), (2, 1, 0), (3, 2, 1), (1, 1, 1)])
+def test_a_state_that_never_was_can_not_be_kept(epoch: int, kept_epoch: int, kept_step: int) -> None:
+    """The server then starts empty and says so, rather than guess."""
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4))
+    assert mirror.kept(epoch=epoch, kept_epoch=kept_epoch, kept_step=kept_step) is None
+    assert mirror.state is MirrorState.OPEN and mirror.positions == (4,)
+
+
+def test_a_dead_session_keeps_nothing() -> None:
+    """What it holds can not be trusted."""
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4))
+    mirror.fail()
+    assert mirror.kept(epoch=2, kept_epoch=1, kept_step=1) is None
+
+
+def test_overwritten_states_are_lost_and_others_are_not() -> None:
+    """A rewind or a fork destroys exactly the states that need what it destroyed."""
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4))
+    judge(mirror, 2, (0, 0, 4, 4))
+    judge(mirror, 3, (1, 0, 8, 1))
+    judge(mirror, 4, (0, 0, 6, 1))
+    assert [checkpoint.step for checkpoint in mirror.checkpoints] == [1, 4]
+    judge(mirror, 5, (1, 0, 7, 1))
+    assert [checkpoint.step for checkpoint in mirror.checkpoints] == [1, 5]
+    judge(mirror, 6, (0, 0, 0, 0))
+    assert [checkpoint.step for checkpoint in mirror.checkpoints] == [6]
+
+
+def test_checkpoints_are_bounded() -> None:
+    """A session of a million steps, or of a thousand sequences, must not grow for ever."""
+    mirror = SessionMirror(epoch=1, max_length=10_000, max_sequences=1024)
+    for step in range(1, 1000):
+        judge(mirror, step, (0, 0, step - 1, 1))
+    assert len(mirror.checkpoints) == MAX_CHECKPOINTS and mirror.checkpoints[-1].step == 999
+    for step in range(1000, 1100):
+        judge(mirror, step, (1023, 1023, step - 1000, 1))
+    assert len(mirror.checkpoints) <= 5 and mirror.checkpoints[-1].step == 1099
+
+
+def test_a_mirror_comes_through_a_hand_over_unchanged() -> None:
+    """The successor must judge and keep exactly as the server that left would have."""
+    mirror = make_mirror()
+    judge(mirror, 1, (0, 0, 0, 4), (2, 2, 0, 3))
+    judge(mirror, 2, (0, 0, 4, 4))
+    twin = restored(mirror.positions, mirror.checkpoints)
+    assert twin.positions == mirror.positions and twin.checkpoints == mirror.checkpoints
+    assert keep(twin, 2, 1, 1).positions == (4, 0, 3)
+
+
+def restored(positions: Sequence[int], checkpoints: Sequence[Checkpoint]) -> SessionMirror:
+    return SessionMirror.restored(epoch=1, max_length=16, max_sequences=4, positions=positions, checkpoints=checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("positions", "checkpoints"),
+    [
+        ((17,), []),
+        ((1, 1, 1, 1, 1), []),
+        ((4,), [Checkpoint(1, 1, (5,))]),
+        ((4,), [Checkpoint(1, 1, (4, 1))]),
+        ((4,), [Checkpoint(1, 2, (3,)), Checkpoint(1, 1, (4,))]),
+        ((4,), [Checkpoint(1, 1, (4,)), Checkpoint(1, 2, (3,))]),
+        ((4,), [Checkpoint(2, 1, (4,))]),
+        ((4,), [Checkpoint(1, 0, (4,)), Checkpoint(1, 0, (4,))]),
+    ],
+)
+def test_impossible_hand_overs_are_refused(positions: Sequence[int], checkpoints: Sequence[Checkpoint]) -> None:
+    """Another server's word is no more than a claim."""
+    with pytest.raises(BadInputError):
+        restored(positions, checkpoints)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_can_be_kept_is_still_there(seed: int) -> None:
+    """Against a model that stores contents: every checkpoint's positions hold what they held after its step."""
+    chooser = random.Random(seed)
+    mirror = make_mirror()
+    held: dict[int, list[int]] = {}
+    """What an engine would hold: it forgets only when a step makes it."""
+    contents: dict[tuple[int, int], dict[int, list[int]]] = {}
+    tokens = iter(range(1_000_000))
+    epoch, num_kept = 1, 0
+    for step in range(1, 301):
+        if chooser.random() < 0.2 and mirror.checkpoints:
+            checkpoint = chooser.choice(mirror.checkpoints)
+            epoch += 1
+            mirror = keep(mirror, epoch, checkpoint.epoch, checkpoint.step)
+            num_kept += 1
+        items = []
+        for sequence in chooser.sample(range(4), chooser.randint(1, 3)):
+            parent = sequence if chooser.random() < 0.7 else chooser.randrange(4)
+            length = mirror.length(parent)
+            start = length if chooser.random() < 0.7 else chooser.randint(0, length)
+            items.append((sequence, parent, start, chooser.randint(0, min(3, 16 - start))))
+        judge(mirror, step, *items, epoch=epoch)
+        before = {sequence: list(content) for sequence, content in held.items()}
+        for sequence, parent, start, count in items:
+            held[sequence] = before.get(parent, [])[:start] + [next(tokens) for _ in range(count)]
+        contents[epoch, step] = {sequence: held.get(sequence, [])[: mirror.length(sequence)] for sequence in range(4)}
+        assert mirror.checkpoints[-1] == Checkpoint(epoch, step, mirror.positions)
+        for checkpoint in mirror.checkpoints:
+            then = contents[checkpoint.epoch, checkpoint.step]
+            for sequence in range(4):
+                assert held.get(sequence, [])[: checkpoint.length(sequence)] == then[sequence]
+    assert num_kept > 20

@@ -1,0 +1,57 @@
+"""A session's step on its way through the engine, which may run it in several parts."""
+
+# Letters: T tokens of all sequences in a step, H hidden size.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from swarm.server.engine.work import StepWork
+from swarm.server.session_mirror import SequenceStep
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["StepJob"]
+
+
+@dataclass(eq=False)
+class StepJob:
+    """A session's step and how far it has come."""
+
+    work: StepWork
+    is_decode: bool
+    arrived_s: float
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    """[T, H] of each part that has run."""
+    num_done: int = 0
+    has_begun: bool = False
+    retry_at_s: float = float("-inf")
+    """Not before this time, since there was no memory for it."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that have not run."""
+        return self.work.hidden.shape[0] - self.num_done
+
+    def part(self, num_tokens: int) -> StepWork:
+        """The next `num_tokens` as a step of their own.
+
+        The first part names every sequence, so that all forks happen before anything grows.
+        """
+        work = self.work
+        if not self.has_begun and num_tokens == work.hidden.shape[0]:
+            return work
+        items: list[SequenceStep] = []
+        first = 0
+        for item in work.sequences:
+            skipped = min(max(self.num_done - first, 0), item.count)
+            taken = min(max(self.num_done + num_tokens - first, 0), item.count) - skipped
+            first += item.count
+            if not self.has_begun:
+                items.append(SequenceStep(item.sequence, item.parent, item.start, taken))
+            elif taken:
+                items.append(SequenceStep(item.sequence, item.sequence, item.start + skipped, taken))
+        rows = work.hidden[self.num_done : self.num_done + num_tokens]
+        return replace(work, sequences=items, hidden=rows)
