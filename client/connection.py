@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import weakref
@@ -14,7 +15,7 @@ import torch
 
 from swarm.client.blocks import BlockSession, RemoteBlocks, SequenceInput
 from swarm.client.config import ClientConfig
-from swarm.client.peer_health import PeerHealth
+from swarm.client.peer_health import PeerExperience, PeerHealth
 from swarm.client.route_finder import RouteFinder
 from swarm.client.session.driver import SessionDriver
 from swarm.client.session.machine import SequenceRequest
@@ -86,6 +87,14 @@ class SwarmBlocks(RemoteBlocks):
         """Servers of this model that are known now."""
         return self._loop.run(self._finder.servers(fresh=True))
 
+    def peer_health(self) -> list[PeerExperience]:
+        """This client's own experience with each peer, over all sessions and runs of this connection."""
+
+        async def read() -> list[PeerExperience]:
+            return self._health.experience()
+
+        return self._loop.run(read())
+
     def open_session(self, *, max_length: int, num_sequences: int = 1) -> SwarmSession:
         """A new session; servers are contacted at its first step. Raises SessionClosedError after close()."""
         if self._is_closed:
@@ -119,8 +128,13 @@ class SwarmBlocks(RemoteBlocks):
         if self._is_closed:
             return
         self._is_closed = True
-        for session in list(self._sessions):
-            session.close()
+        sessions = list(self._sessions)
+
+        async def close_sessions() -> None:
+            await asyncio.gather(*(session.close_on_loop() for session in sessions))
+
+        self._loop.run(close_sessions())
+        self._loop.run(self._finder.close())
         self._loop.run(self._channels.close())
         self._loop.run(self._registry.close())
         self._loop.stop()
@@ -168,8 +182,12 @@ class SwarmSession(BlockSession):
     def close(self) -> None:
         """See BlockSession."""
         if not self._is_closed:
-            self._is_closed = True
-            self._loop.run(self._driver.close())
+            self._loop.run(self.close_on_loop())
+
+    async def close_on_loop(self) -> None:
+        """The same, from the connection's own loop."""
+        self._is_closed = True
+        await self._driver.close()
 
 
 def check_finite(hidden: Sequence[torch.Tensor]) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
+from swarm.client.adapter_choice import AdapterChoice
 from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
-from swarm.datatypes import ModelHash, PeerId, Route, ServerInfo, format_blocks
+from swarm.client.server_list import ServerList
+from swarm.client.session.recovery import gaps_between, hops_to_keep, plan_around
+from swarm.datatypes import Hop, ModelHash, PeerId, Route, ServerInfo, Span, blocks_without_server, format_blocks
 from swarm.errors import NoRouteError
 
 if TYPE_CHECKING:
+    from swarm.client.session.holdings import Holding
     from swarm.discovery.registry import Registry
     from swarm.routing import Router
 
@@ -21,6 +26,8 @@ __all__ = ["RouteFinder"]
 
 logger = logging.getLogger(__name__)
 _POLL_S = 1.0
+_HURRY_S = 0.5
+"""How long a session that lost a server waits for a look-up while it remembers others."""
 
 
 class RouteFinder:
@@ -38,16 +45,14 @@ class RouteFinder:
         config: ClientConfig,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._registry = registry
+        self._list = ServerList(registry, model_hash, num_blocks, config, now_s=now_s)
+        self._precision = config.precision
+        self._adapter = AdapterChoice(config.adapter, model_name=model_name, num_blocks=num_blocks)
         self._router = router
-        self._model_hash = model_hash
         self._model_name = model_name
         self._num_blocks = num_blocks
         self._health = health
-        self._config = config
         self._now_s = now_s
-        self._servers: list[ServerInfo] = []
-        self._looked_up_s = float("-inf")
 
     @property
     def num_blocks(self) -> int:
@@ -56,54 +61,104 @@ class RouteFinder:
 
     async def servers(self, *, fresh: bool = False) -> list[ServerInfo]:
         """Servers of the model that this client may use; from memory unless old or `fresh`."""
-        if fresh or self._now_s() - self._looked_up_s > self._config.lookup_ttl_s:
-            self._servers = await self._registry.lookup(self._model_hash, self._num_blocks)
-            self._looked_up_s = self._now_s()
-        allowed, blocked = self._config.allowed_peers, self._config.blocked_peers
-        return [
-            server
-            for server in self._servers
-            if (allowed is None or server.peer_id in allowed) and server.peer_id not in blocked
-        ]
+        if fresh or self._list.is_old:
+            await self._list.refresh()
+        return self._usable
 
-    async def find(self, *, wait_s: float, fresh: bool = False) -> Route:
+    @property
+    def _usable(self) -> list[ServerInfo]:
+        """Those remembered that hold the adapter, if one was chosen."""
+        return self._adapter.usable(self._list.remembered)
+
+    async def close(self) -> None:
+        """End look-ups under way."""
+        await self._list.close()
+
+    async def find(
+        self, *, wait_s: float, fresh: bool = False, held: Sequence[Holding] = (), like: Sequence[Hop] = ()
+    ) -> Route:
         """A route over all blocks; waits up to `wait_s` for missing servers.
 
-        Peers that failed lately are used only where nobody else serves. Raises NoRouteError naming the blocks.
+        Servers that hold the session's state stay in it where they can. In the place of hops that are in `like` others
+        of the same precision and KV policy are preferred, since other servers' outputs differ a little. Peers
+        that failed lately are used only where nobody else serves. Raises NoRouteError naming the blocks, BadInputError
+        for an adapter that nobody offers.
         """
+        complete = self._route_of(held)
+        if complete is not None:
+            return complete
+        if fresh and self._remembers_enough(held):
+            fresh = not await self._list.refresh(timeout_s=_HURRY_S)
+            if fresh:
+                # The server that was lost may be the very one that the look-up is waiting for.
+                with contextlib.suppress(NoRouteError):
+                    return self._plan_without(self._health.avoided(), self._usable, held, like)
         deadline_s = self._now_s() + wait_s
         while True:
             servers = await self.servers(fresh=fresh)
+            self._adapter.settle(self._list.remembered)
             try:
-                return self._plan(servers)
+                return self._plan(servers, held, like)
             except NoRouteError as error:
                 missing = error.missing_blocks
             if self._now_s() >= deadline_s:
-                raise NoRouteError(
-                    f"nobody serves block{'s' if len(missing) > 1 else ''} {format_blocks(missing)} of "
-                    f"{self._model_name} (waited {wait_s:.0f} s); start a server with "
-                    f"`swarm serve {self._model_name} --join ADDRESS --blocks {missing[0]}:{missing[-1] + 1}`",
-                    missing_blocks=missing,
-                )
+                raise self._no_route(missing, f"waited {wait_s:.0f} s")
             logger.info("waiting for a server of blocks %s", format_blocks(missing))
             await asyncio.sleep(min(_POLL_S, max(deadline_s - self._now_s(), 0.05)))
             fresh = True
+
+    def _route_of(self, held: Sequence[Holding]) -> Route | None:
+        """The route of those who hold the session, when none is missing: then nobody needs to be looked up."""
+        hops = hops_to_keep(held, self._usable, avoid=self._health.avoided())
+        return None if not hops or gaps_between(hops, self._num_blocks) else Route(hops)
+
+    def _remembers_enough(self, held: Sequence[Holding]) -> bool:
+        """Whether what is remembered may do; a successor that nobody has looked up yet is worth waiting for."""
+        remembered = {server.peer_id for server in self._usable}
+        return bool(remembered) and all(item.server is not None or item.peer_id in remembered for item in held)
+
+    def _no_route(self, missing: Sequence[int], what_was_done: str) -> NoRouteError:
+        adapter = self._adapter
+        option = "" if adapter.name is None else f" --adapter {adapter.name}=FOLDER"
+        precisely = ""
+        if self._precision is not None:
+            option += f" --weights {self._precision}"
+            precisely = f" in {self._precision} or more precisely"
+        return NoRouteError(
+            f"nobody serves block{'s' if len(missing) > 1 else ''} {format_blocks(missing)} of "
+            f"{self._model_name}{precisely}{adapter.describe(self._list.remembered)} ({what_was_done}); "
+            f"start a server with `swarm serve {self._model_name} --join ADDRESS --blocks "
+            f"{missing[0]}:{missing[-1] + 1}{option}`",
+            missing_blocks=missing,
+        )
+
+    def missing_error(self, *, waited_s: float) -> NoRouteError | None:
+        """The error that names the blocks which only peers serve that failed lately; None when there are none."""
+        avoided = self._health.avoided()
+        live = [server for server in self._usable if server.peer_id not in avoided]
+        missing = blocks_without_server(live, self._num_blocks)
+        return (
+            self._no_route(missing, f"tried for {waited_s:g} s; those who announced them do not answer")
+            if missing
+            else None
+        )
 
     async def can_avoid(self, peer: PeerId) -> bool:
         """Whether others, who have not failed lately either, serve all blocks without this peer."""
         servers = await self.servers(fresh=True)
         try:
-            self._router.plan_route(servers, self._num_blocks, avoid=self._health.avoided() | {peer})
+            self._plan_span(servers, Span(start=0, end=self._num_blocks), self._health.avoided() | {peer})
         except NoRouteError:
             return False
         return True
 
-    def _plan(self, servers: Sequence[ServerInfo]) -> Route:
+    def _plan(self, servers: Sequence[ServerInfo], held: Sequence[Holding], like: Sequence[Hop]) -> Route:
         """A route without the peers that failed lately, but for those who alone serve some block."""
         avoided = self._health.avoided()
+
         while True:
             try:
-                return self._router.plan_route(servers, self._num_blocks, avoid=avoided)
+                return self._plan_without(avoided, servers, held, like)
             except NoRouteError as error:
                 needed = {
                     server.peer_id
@@ -113,3 +168,32 @@ class RouteFinder:
                 if not needed:
                     raise
                 avoided -= needed
+
+    def _plan_without(
+        self, avoided: Collection[PeerId], servers: Sequence[ServerInfo], held: Sequence[Holding], like: Sequence[Hop]
+    ) -> Route:
+        def plan_span(span: Span, avoid: Collection[PeerId]) -> Route:
+            kinds = {_kind(hop.server) for hop in like if hop.start < span.end and span.start < hop.end}
+            alike = [server for server in servers if _kind(server) in kinds]
+            if alike and len(alike) < len(servers):
+                with contextlib.suppress(NoRouteError):
+                    return self._plan_span(alike, span, avoid)
+            return self._plan_span(servers, span, avoid)
+
+        kept = hops_to_keep(held, servers, avoid=avoided)
+        return plan_around(kept, self._num_blocks, avoid=avoided, plan_span=plan_span)
+
+    def _plan_span(self, servers: Sequence[ServerInfo], span: Span, avoid: Collection[PeerId]) -> Route:
+        return self._router.plan_route(
+            servers,
+            self._num_blocks,
+            start=span.start,
+            end=span.end,
+            avoid=avoid,
+            reliability=self._health.reliability(),
+        )
+
+
+def _kind(server: ServerInfo) -> tuple[str, str]:
+    """What decides the numbers a server computes, beside the model."""
+    return server.weights, server.kv_policy

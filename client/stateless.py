@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from swarm.client.adapter_choice import adapter_hash_on
 from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
 from swarm.client.route_finder import RouteFinder
 from swarm.client.session.blame import Blame
 from swarm.client.transport.channels import ServerChannels
+from swarm.client.transport.liveness import look_for_life, watch_over
 from swarm.client.transport.unary import run_blocks
 from swarm.datatypes import Hop, ModelHash, Route, Span
 from swarm.errors import BadInputError, DeadlineError, RetryElsewhereError
@@ -27,6 +29,7 @@ __all__ = ["ForwardTrace", "RunAllBlocks", "StatelessRunner", "hops_between"]
 
 logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 0.25
+_HEALTH_TIMEOUT_S = 2.0
 
 RunCoroutine = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -112,14 +115,19 @@ class StatelessRunner:
     async def _run(
         self, hop: Hop, counts: Sequence[int], hidden: torch.Tensor, gradient: torch.Tensor | None
     ) -> torch.Tensor:
-        result = await run_blocks(
-            self._channels.to(hop.server),
-            hop,
-            self._model_hash,
-            counts,
-            hidden,
-            gradient,
-            timeout_s=self._config.step_timeout_s,
+        result = await watch_over(
+            hop.peer_id,
+            run_blocks(
+                self._channels.to(hop.server),
+                hop,
+                self._model_hash,
+                counts,
+                hidden,
+                gradient,
+                adapter=adapter_hash_on(hop.server, self._config.adapter),
+                timeout_s=self._config.step_timeout_s,
+            ),
+            lambda: look_for_life(self._channels, hop.server, self._health, timeout_s=_HEALTH_TIMEOUT_S),
         )
         self._health.record_success(hop.peer_id)
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from swarm.errors import (
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Blame"]
 
+_NO_PUSH_S = 120.0
+"""A cut line between two servers comes back, two routers that let nobody in stay as they are; trying costs a moment."""
+
 
 class Blame:
     """Judges the failures of one session (or one stateless run) and tells the client's memory of peers.
@@ -30,11 +35,20 @@ class Blame:
     that complains; then the next attempt carries everything through the client, which checks every output.
     """
 
-    def __init__(self, *, health: PeerHealth, channels: ServerChannels, use_push: bool) -> None:
+    def __init__(
+        self,
+        *,
+        health: PeerHealth,
+        channels: ServerChannels,
+        use_push: bool,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._health = health
         self._channels = channels
         self._wants_push = use_push
-        self._can_push = True
+        self._now_s = now_s
+        self._push_again_s = now_s()
+        """When servers may be asked to push again."""
         self._is_searching = False
         self._refused_by: PeerId | None = None
         self._out_of_step: set[PeerId] = set()
@@ -42,7 +56,7 @@ class Blame:
     @property
     def use_push(self) -> bool:
         """Whether the next route's servers are to push to each other."""
-        return self._wants_push and self._can_push and not self._is_searching
+        return self._wants_push and self._now_s() >= self._push_again_s and not self._is_searching
 
     async def record(self, hop: Hop, error: RetryElsewhereError) -> None:
         """A failure of this hop's own: the lost and the faulty are avoided, the full for as long as they ask.
@@ -60,13 +74,13 @@ class Blame:
             return
         self._health.record_failure(hop.peer_id)
         # The guilty one is found, and the next route is another.
-        self._can_push, self._is_searching = True, False
+        self._push_again_s, self._is_searching = self._now_s(), False
         if isinstance(error, PeerLostError):
             await self._channels.drop(hop.server)
 
     def stop_pushing(self) -> None:
-        """Two servers are both alive and can not reach each other."""
-        self._can_push = False
+        """Two servers are both alive and can not reach each other, now at least: routes opened soon do without."""
+        self._push_again_s = self._now_s() + _NO_PUSH_S
 
     def search(self) -> None:
         """Somebody on the route is at fault, and only carrying everything shows who."""
@@ -78,7 +92,7 @@ class Blame:
         One server alone could be lying, so another is asked; the second refusal is believed.
         """
         if self._refused_by is not None:
-            self._health.record_success(self._refused_by)
+            self._health.withdraw_failure(self._refused_by)
             return refusal
         self._refused_by = hop.peer_id
         self._health.record_failure(hop.peer_id)

@@ -1,14 +1,13 @@
-"""Drives one session: opens hops, sends steps, carries outputs where servers can not, replays after a loss."""
+"""Drives one session: opens a route, restores what its servers lack, sends steps, and after a loss does so again."""
 
 # Letters: T tokens of all sequences in a part, H hidden size.
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,24 +15,18 @@ from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerHealth
 from swarm.client.route_finder import RouteFinder
 from swarm.client.session.blame import Blame
+from swarm.client.session.holdings import Holdings
+from swarm.client.session.inquiry import Inquiry
 from swarm.client.session.machine import SequenceRequest, SessionMachine, SessionState, StepPart, plan_parts
-from swarm.client.session.opening import RouteOpener
-from swarm.client.session.outputs import check_output, concatenate, outputs_by_request, rows_of
+from swarm.client.session.opening import OpenedHop, RouteOpener
+from swarm.client.session.outputs import concatenate, outputs_by_request
 from swarm.client.session.patience import Patience
+from swarm.client.session.recovery import last_to_restore
+from swarm.client.session.streams import SessionStreams
+from swarm.client.session.traffic import RouteTraffic
 from swarm.client.transport.channels import ServerChannels
-from swarm.client.transport.hop_stream import HopEvent, HopStream
-from swarm.client.transport.unary import check_health
 from swarm.datatypes import ModelHash, Route
-from swarm.errors import (
-    DeadlineError,
-    FinalError,
-    PeerFaultError,
-    PeerLostError,
-    RetryElsewhereError,
-    SessionClosedError,
-    SessionStateError,
-    SwarmError,
-)
+from swarm.errors import DeadlineError, PeerLostError, RetryElsewhereError, SessionClosedError, SwarmError
 from swarm.pb import session_pb2 as pb
 
 if TYPE_CHECKING:
@@ -43,10 +36,6 @@ __all__ = ["SessionDriver"]
 
 logger = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 0.25
-_BLAME_WAIT_S = 0.3
-_HEALTH_TIMEOUT_S = 2.0
-_MAX_EVENTS = 256
-"""Words from hops that nobody has listened to yet; a server that says more must wait until somebody does."""
 
 
 class SessionDriver:
@@ -64,31 +53,46 @@ class SessionDriver:
         num_sequences: int,
     ) -> None:
         self._finder = finder
-        self._channels = channels
         self._health = health
         self._config = config
         self._blame = Blame(health=health, channels=channels, use_push=config.use_push)
-        self._is_pushing = False
-        """Whether the servers of the route in use push to each other."""
         self._patience = Patience(config)
+        self._holdings = Holdings()
+        self._streams = SessionStreams()
+        self._inquiry = Inquiry(
+            blame=self._blame,
+            holdings=self._holdings,
+            channels=channels,
+            health=health,
+            finder=finder,
+            patience=self._patience,
+        )
         self._opener = RouteOpener(
             model_hash=model_hash,
             channels=channels,
             health=health,
-            blame=self._blame,
+            inquiry=self._inquiry,
+            holdings=self._holdings,
+            streams=self._streams,
             patience=self._patience,
             config=config,
         )
-        self._events: asyncio.Queue[HopEvent] = asyncio.Queue(_MAX_EVENTS)
-        self._streams: list[HopStream] = []
-        self._sent_to: dict[int, int] = {}
-        """Index of the hop that a step of this epoch was last sent to, by step."""
         self.machine: SessionMachine[torch.Tensor] = SessionMachine(max_length=max_length, max_sequences=num_sequences)
-        self.route: Route | None = None
+        self._traffic: RouteTraffic | None = None
+        """Along the route in use; None when there is none."""
+        self._latest: RouteTraffic | None = None
+        """Along the route opened last, whether or not it is still in use: what its hops say counts until the next."""
+        self._last_hops: tuple[Hop, ...] = ()
+        """Of the route that was in use last."""
         self.num_failovers = 0
+        """How often a server was replaced, or had to be sent the log again."""
         self._stepping: asyncio.Task[object] | None = None
         """The task of the step under way."""
-        self._has_asked_again = False
+
+    @property
+    def route(self) -> Route | None:
+        """The route in use."""
+        return self._traffic.route if self._traffic is not None else None
 
     @property
     def queue_position(self) -> int | None:
@@ -104,236 +108,153 @@ class SessionDriver:
         self.machine.begin_step(requests)
         self._patience.begin_step()
         self._stepping = asyncio.current_task()
+        held_before = self._holdings.save()
         try:
-            outputs = await self._step_until(last_only)
+            return await self._step_until(last_only)
         except BaseException as error:
-            self._drop_route()
+            self._traffic = None  # servers may be anywhere in the step, so the next one begins with keeping
             if self.machine.state is not SessionState.CLOSED:
-                self.machine.abandon_step()
+                if self.machine.abandon_step():
+                    self._holdings.go_back(held_before)
             elif isinstance(error, asyncio.CancelledError):
                 raise SessionClosedError("the session was closed while a step was under way") from None
             raise
         finally:
             self._stepping = None
-            self._blame.settle()
-        self.machine.finish_step()
-        return outputs
+            self._inquiry.settle()
 
     async def _step_until(self, last_only: bool) -> list[torch.Tensor]:
         """Try, and after each loss recover and try again, until done or out of time."""
+        pending = self.machine.pending
+        parts = plan_parts(pending, max_tokens=self._config.max_step_tokens)
+        results: list[torch.Tensor] = []
         is_first_loss = True
         while True:
             try:
-                if self.route is None:
-                    await self._establish()
-                parts = plan_parts(self.machine.pending, max_tokens=self._config.max_step_tokens)
-                results = await self._run_parts(parts, last_only=last_only)
-                return outputs_by_request(self.machine.pending, parts, results, last_only=last_only)
+                if self._traffic is not None:
+                    await self._traffic.heed_idle_events()
+                else:
+                    await self._establish(parts[len(results) :])
+                await self._run(parts, results, last_only=last_only)
+                return outputs_by_request(pending, parts, results, last_only=last_only)
             except RetryElsewhereError as error:
-                logger.info("step %d of epoch %d: %s", self.machine.step, self.machine.epoch, error)
-                had_route = self.route is not None
-                self._drop_route()
+                logger.info("epoch %d: %s", self.machine.epoch, error)
+                had_route, self._traffic = self._traffic is not None, None
                 if self.machine.state is SessionState.STEPPING:
                     self.machine.lose_route()
                 if self._patience.left_s <= _RETRY_PAUSE_S:
-                    raise DeadlineError(
-                        f"the step could not be finished within {self._config.request_timeout_s:g} s; last: {error}"
-                    ) from error
-                self.num_failovers += had_route
+                    raise self._giving_up(error) from error
                 await asyncio.sleep(0 if had_route and is_first_loss else _RETRY_PAUSE_S)
                 is_first_loss = False
 
+    async def _run(
+        self, parts: Sequence[StepPart[torch.Tensor]], results: list[torch.Tensor], *, last_only: bool
+    ) -> None:
+        """Run the parts that have no result yet; each that is done is part of the log at once."""
+        assert self._traffic is not None
+        hops, epoch = self._traffic.hops, self.machine.epoch
+
+        def note_done(number: int, part: StepPart[torch.Tensor], output: torch.Tensor | None) -> None:
+            assert output is not None
+            results.append(output)
+            if len(results) < len(parts):
+                self.machine.finish_part(part)
+            else:
+                self.machine.finish_step(part)
+            self._holdings.commit(hops, epoch=epoch, step=number)
+            self._inquiry.note_progress()
+
+        await self._traffic.run(parts[len(results) :], note_done, last_only=last_only)
+
+    def _giving_up(self, error: RetryElsewhereError) -> SwarmError:
+        """What to raise when the step's time is over."""
+        if isinstance(error, PeerLostError):
+            missing = self._finder.missing_error(waited_s=self._config.request_timeout_s)
+            if missing is not None:
+                return missing
+        return DeadlineError(
+            f"the step could not be finished within {self._config.request_timeout_s:g} s; last: {error}"
+        )
+
     # -- route ---------------------------------------------------------------------------------
 
-    async def _establish(self) -> None:
-        """Open a route and send it the log, so that it stands where the session stands."""
-        is_recovery = self.machine.epoch > 0
-        wait_s = min(self._config.no_route_wait_s, self._patience.left_s)
-        route = await self._finder.find(wait_s=wait_s, fresh=is_recovery)
-        self._events = asyncio.Queue(_MAX_EVENTS)
-        self._sent_to.clear()
-        self._patience.begin_attempt()
-        self._is_pushing = self._blame.use_push
-        self._streams = await self._opener.open(route, self._wanted(), self._events.put, use_push=self._is_pushing)
-        self.route = route
-        if self.machine.state is SessionState.RECOVERING:
-            self.machine.recover_route()
-        log = self.machine.log(concatenate)
-        if log:
-            parts = plan_parts(log, max_tokens=self._config.max_step_tokens)
-            await self._run_parts(parts, last_only=True)
+    async def _establish(self, parts: Sequence[StepPart[torch.Tensor]]) -> None:
+        """Open a route on which all servers stand where the log ends; `parts` are to follow."""
+        route = await self._find_route()
+        machine = self.machine
+        is_pushing = self._blame.use_push
+        traffic = RouteTraffic(
+            route,
+            epoch=machine.start_epoch(),
+            is_pushing=is_pushing,
+            inquiry=self._inquiry,
+            blame=self._blame,
+            finder=self._finder,
+            health=self._health,
+            patience=self._patience,
+            config=self._config,
+        )
+        self._latest = traffic
+        opened = await self._opener.open(
+            route, self._wanted(parts), machine.lengths, traffic.events.put, use_push=is_pushing
+        )
+        traffic.begin(opened)
+        has_restored = await self._restore(traffic, opened)
+        self._holdings.keep_only(route.hops)
+        self._streams.leave_others([hop.peer_id for hop in route.hops])
+        if machine.state is SessionState.RECOVERING:
+            machine.recover_route()
+        self._note_failover(route, has_restored=has_restored)
+        self._traffic = traffic
 
-    def _wanted(self) -> pb.Open:
+    async def _find_route(self) -> Route:
+        """A route with as many hops in it that hold the session's state as can be."""
+        is_recovery = self.machine.epoch > 0
+        wait_s = self._patience.left_s
+        if not self.machine.lengths and not self._last_hops:
+            wait_s = min(wait_s, self._config.no_route_wait_s)
+        while True:
+            if self._latest is not None:
+                self._latest.heed_farewells()
+            route = await self._finder.find(
+                wait_s=wait_s, fresh=is_recovery, held=self._holdings.all(), like=self._last_hops
+            )
+            # Whoever has left while we waited is not there to be opened.
+            if self._latest is None or not self._latest.heed_farewells():
+                return route
+
+    async def _restore(self, traffic: RouteTraffic, opened: Sequence[OpenedHop]) -> bool:
+        """Send the log to hops that lack it, through those before them; says whether that was needed."""
+        log = self.machine.log(concatenate)
+        last_hop = last_to_restore([item.has_kept for item in opened]) if log else None
+        if last_hop is None:
+            self._patience.begin_attempt(sum(self.machine.lengths))
+            return False
+        self._patience.begin_attempt()
+        hops = traffic.hops[: last_hop + 1]
+        logger.info("sending %d tokens again to blocks 0:%d", sum(self.machine.lengths), hops[-1].end)
+        self._holdings.begin_restoring(hops)
+        step = await traffic.restore(plan_parts(log, max_tokens=self._config.max_step_tokens), last_hop)
+        self._holdings.restored(hops, epoch=self.machine.epoch, step=step)
+        return True
+
+    def _note_failover(self, route: Route, *, has_restored: bool) -> None:
+        if self._last_hops:
+            before = [(hop.peer_id, hop.span) for hop in self._last_hops]
+            if has_restored or before != [(hop.peer_id, hop.span) for hop in route.hops]:
+                self.num_failovers += 1
+        self._last_hops = route.hops
+
+    def _wanted(self, parts: Sequence[StepPart[torch.Tensor]]) -> pb.Open:
         """A new epoch of the session, and the positions we claim to need soon: a little more than those at hand."""
         machine = self.machine
-        held = sum(machine.lengths) + sum(len(item.rows) for item in machine.pending)
+        held = sum(machine.lengths) + sum(part.num_tokens for part in parts)
         return pb.Open(
-            epoch=machine.start_epoch(),
+            epoch=machine.epoch,
             max_length=machine.max_length,
             max_sequences=machine.max_sequences,
             expected_tokens=min(held + self._config.expected_new_tokens, machine.max_length * machine.max_sequences),
         )
-
-    def _drop_route(self) -> None:
-        streams, self._streams, self.route = self._streams, [], None
-        self._opener.leave(streams)
-
-    # -- steps ---------------------------------------------------------------------------------
-
-    async def _run_parts(self, parts: Sequence[StepPart[torch.Tensor]], *, last_only: bool) -> list[torch.Tensor]:
-        """Send parts, a few under way at a time, and collect the last hop's outputs in order."""
-        assert self.route is not None
-        steps: dict[int, tuple[pb.Step, StepPart[torch.Tensor]]] = {}
-        results: list[torch.Tensor] = []
-        num_sent = 0
-        self._patience.note_movement()
-        self._has_asked_again = False
-        while len(results) < len(parts):
-            while num_sent < len(parts) and num_sent - len(results) < self._config.max_steps_in_flight:
-                part = parts[num_sent]
-                step = self._step_message(part, last_only=last_only)
-                steps[step.step] = (step, part)
-                num_sent += 1
-                await self._send(0, step, rows_of(part))
-            event = await self._next_event(list(steps.values()))
-            if event.error is not None:
-                await self._handle_failure(event)
-            result, frame = event.result, event.frame
-            if result is None or frame is None or result.step not in steps:
-                continue  # an answer to something already settled
-            step, part = steps[result.step]
-            is_last = event.hop_index + 1 == len(self._streams)
-            try:
-                peer = self._streams[event.hop_index].hop.peer_id
-                output = check_output(frame, part, last_only=last_only and is_last and self._is_pushing, peer=peer)
-                if is_last and result.step != min(steps):
-                    raise PeerFaultError(f"server {peer} answered out of order")
-            except PeerFaultError as fault:
-                await self._blame.record(self._streams[event.hop_index].hop, fault)
-                raise
-            if not is_last:
-                if result.push_problem:
-                    logger.info("relaying for %s: %s", peer, result.push_problem)
-                await self._send(event.hop_index + 1, step, output)
-                self._patience.note_movement()
-                continue
-            self._patience.note_done(part.num_tokens)
-            self._has_asked_again = False
-            del steps[result.step]
-            results.append(output)
-        for stream in self._streams:
-            self._health.record_success(stream.hop.peer_id)
-        return results
-
-    def _step_message(self, part: StepPart[torch.Tensor], *, last_only: bool) -> pb.Step:
-        return pb.Step(
-            epoch=self.machine.epoch,
-            step=self.machine.next_step(),
-            sequences=[
-                pb.SequenceStep(sequence=item.sequence, parent=item.parent, start=item.start, count=len(item.rows))
-                for item in part.sequences
-            ],
-            last_only=last_only and self._is_pushing,
-        )
-
-    async def _send(self, hop_index: int, step: pb.Step, hidden: torch.Tensor) -> None:
-        stream = self._streams[hop_index]
-        self._sent_to[step.step] = hop_index
-        try:
-            async with asyncio.timeout(self._config.step_timeout_s):
-                await stream.send_step(step, hidden)
-        except TimeoutError:
-            error: RetryElsewhereError = PeerLostError(f"server {stream.hop.peer_id} stopped reading")
-            await self._blame.record(stream.hop, error)
-            raise error from None
-        except RetryElsewhereError as problem:
-            await self._blame.record(stream.hop, problem)
-            raise
-
-    async def _next_event(self, under_way: Sequence[tuple[pb.Step, StepPart[torch.Tensor]]]) -> HopEvent:
-        """The next thing a hop of this epoch says. Raises PeerLostError when there is no progress for too long."""
-        while True:
-            timeout_s = self._patience.standstill_left_s
-            if timeout_s > 0:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout_s):
-                        return await self._events.get()
-            if await self._blame_unreachable_hops() or self._patience.left_s <= 0:
-                raise PeerLostError(f"no server of the route answered within {self._config.step_timeout_s:g} s")
-            if self._has_asked_again:
-                await self._leave_silent_hop(under_way[0][0])
-            elif len(under_way) == 1:
-                await self._ask_again(*under_way[0])
-            self._has_asked_again = True
-            self._patience.note_movement()
-
-    async def _ask_again(self, step: pb.Step, part: StepPart[torch.Tensor]) -> None:
-        """Take a step that may have got lost between servers along the route ourselves.
-
-        Those who have run it answer from memory, so asking does no harm, and it shows who has not.
-        """
-        logger.info("the route is slow, but all of its servers answer; asking again")
-        step.relay = True
-        await self._send(0, step, rows_of(part))
-
-    async def _leave_silent_hop(self, step: pb.Step) -> None:
-        """The oldest step is overdue though everybody is alive: leave whoever holds it, if others can do its work.
-
-        Raises PeerLostError to leave; returns to go on waiting, because a slow server is better than none.
-        """
-        if self._is_pushing and not step.relay and len(self._streams) > 1:
-            self._blame.search()
-            raise PeerLostError("the route is silent, and only carrying everything ourselves shows at whom")
-        hop = self._streams[self._sent_to[step.step]].hop
-        if await self._finder.can_avoid(hop.peer_id):
-            error = PeerLostError(f"server {hop.peer_id} is alive, but does not answer its step")
-            await self._blame.record(hop, error)
-            raise error
-
-    async def _blame_unreachable_hops(self) -> bool:
-        """A step got lost without a word: whoever does not even answer a health call is to blame."""
-        hops = [stream.hop for stream in self._streams]
-        answers = await asyncio.gather(
-            *(check_health(self._channels.to(hop.server), hop.peer_id, timeout_s=_HEALTH_TIMEOUT_S) for hop in hops),
-            return_exceptions=True,
-        )
-        silent = [
-            (hop, answer) for hop, answer in zip(hops, answers, strict=True) if isinstance(answer, RetryElsewhereError)
-        ]
-        for hop, error in silent:
-            await self._blame.record(hop, error)
-        return bool(silent)
-
-    async def _handle_failure(self, event: HopEvent) -> NoReturn:
-        """Raise a hop's failure after blaming whoever is guilty of it."""
-        assert event.error is not None
-        hop, error = self._streams[event.hop_index].hop, event.error
-        can_have_pushed = self._is_pushing and event.hop_index + 1 < len(self._streams)
-        if event.is_report and isinstance(error, PeerLostError) and can_have_pushed:
-            lost = await self._lost_hop()
-            if lost is None:
-                self._blame.stop_pushing()
-                raise error
-            hop, error = lost
-        elif self._is_pushing and event.hop_index > 0 and isinstance(error, FinalError | SessionStateError):
-            # What it refuses came from another server; carried by us, every output is checked.
-            self._blame.search()
-            raise PeerFaultError(str(error)) from error
-        if isinstance(error, FinalError):
-            raise self._blame.weigh(hop, error) from error
-        if isinstance(error, RetryElsewhereError):
-            await self._blame.record(hop, error)
-        raise error
-
-    async def _lost_hop(self) -> tuple[Hop, SwarmError] | None:
-        """A push failed: if the next hop is dead, its own stream says so in a moment; None if it is not."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_BLAME_WAIT_S):
-                while True:
-                    event = await self._events.get()
-                    if event.error is not None and not event.is_report:
-                        return self._streams[event.hop_index].hop, event.error
-        return None
 
     async def close(self) -> None:
         """Say goodbye to all hops; a step under way ends with SessionClosedError. Harmless when repeated."""
@@ -341,5 +262,5 @@ class SessionDriver:
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait([self._stepping], timeout=2.0)
-        self._drop_route()
-        await self._opener.wait_until_left(timeout_s=2.0)
+        self._traffic = None
+        await self._streams.leave_all(timeout_s=3.0)

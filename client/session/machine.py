@@ -5,7 +5,8 @@
 
 A session is a log: the inputs of every position of every sequence. Servers only cache what follows from
 it, so a lost server is a matter of sending part of the log again at a higher epoch. This module is the one
-place that knows epoch, step number, lengths and history; the driver asks it what to send.
+place that knows epoch, lengths and history; the driver asks it what to send. A long step becomes history part by
+part, so that a loss near its end costs no more than what was lost.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ class _History(Generic[R]):
             missing -= len(chunk)
         return tuple(taken)
 
+    def copy(self) -> _History[R]:
+        return _History(tuple(self._chunks))
+
     def append(self, rows: R) -> None:
         if len(rows):
             self._chunks.append(rows)
@@ -99,7 +103,7 @@ class _History(Generic[R]):
 
 
 class SessionMachine(Generic[R]):
-    """Epoch, step number, lengths and history of one session."""
+    """Epoch, lengths and history of one session."""
 
     def __init__(self, *, max_length: int, max_sequences: int) -> None:
         if max_length < 1 or max_sequences < 1:
@@ -108,17 +112,17 @@ class SessionMachine(Generic[R]):
         self.max_sequences = max_sequences
         self.state = SessionState.NEW
         self.epoch = 0
-        self.step = 0
-        """Number of the last step sent in this epoch."""
         self._histories: dict[int, _History[R]] = {}
         self._pending: tuple[SequenceRequest[R], ...] = ()
+        self._before: dict[int, _History[R]] | None = None
+        """History before the step under way, once a part of the step has become history."""
 
     def __repr__(self) -> str:
-        return f"<SessionMachine {self.state.value} epoch {self.epoch} step {self.step} lengths {self.lengths}>"
+        return f"<SessionMachine {self.state.value} epoch {self.epoch} lengths {self.lengths}>"
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Positions held per sequence; the step under way does not count."""
+        """Positions held per sequence; of the step under way only the parts that are done count."""
         return tuple(self.length(sequence) for sequence in range(max(self._histories, default=-1) + 1))
 
     def length(self, sequence: int) -> int:
@@ -162,12 +166,24 @@ class SessionMachine(Generic[R]):
         """The step under way."""
         return self._pending
 
-    def finish_step(self) -> None:
-        """The step under way is done: it becomes history."""
-        parents = {item.parent: self._histories.get(item.parent, _History[R]()) for item in self._pending}
-        num_readers = Counter(item.parent for item in self._pending)
+    def finish_part(self, part: StepPart[R]) -> None:
+        """A part of the step under way, not its last, is done: it is in the log from now on."""
+        if self._before is None:
+            self._before = {sequence: history.copy() for sequence, history in self._histories.items()}
+        self._apply(part.sequences)
+
+    def finish_step(self, last: StepPart[R] | None = None) -> None:
+        """The step under way is done: it, or the last of its parts, becomes history."""
+        self._apply(self._pending if last is None else last.sequences)
+        self._before = None
+        self._pending = ()
+        self._move(SessionState.OPEN)
+
+    def _apply(self, requests: Sequence[SequenceRequest[R]]) -> None:
+        parents = {item.parent: self._histories.get(item.parent, _History[R]()) for item in requests}
+        num_readers = Counter(item.parent for item in requests)
         updated: dict[int, _History[R]] = {}
-        for item in self._pending:
+        for item in requests:
             parent = parents[item.parent]
             if item.parent == item.sequence and item.start == parent.length and num_readers[item.parent] == 1:
                 # The common case of appending; a parent that others read too must stay as it was for them.
@@ -178,31 +194,27 @@ class SessionMachine(Generic[R]):
             history.append(item.rows)
             updated[item.sequence] = history
         self._histories.update(updated)
-        self._pending = ()
-        self._move(SessionState.OPEN)
 
-    def abandon_step(self) -> None:
-        """The step under way was given up. History stands; servers may be anywhere, so the route is dropped."""
+    def abandon_step(self) -> bool:
+        """The step under way was given up; servers may be anywhere in it. Says whether parts of it are taken back."""
+        has_parts = self._before is not None
+        if self._before is not None:
+            self._histories, self._before = self._before, None
         self._pending = ()
         self._move(SessionState.NEW)
+        return has_parts
 
     def start_epoch(self) -> int:
-        """A new route: the steps count from 1 again. Returns the epoch to open hops with."""
+        """A new route, whose steps count from 1 again. Returns the epoch to open hops with."""
         self.epoch += 1
-        self.step = 0
         return self.epoch
-
-    def next_step(self) -> int:
-        """The number of the next step to send."""
-        self.step += 1
-        return self.step
 
     def lose_route(self) -> None:
         """A server was lost during a step."""
         self._move(SessionState.RECOVERING)
 
     def recover_route(self) -> None:
-        """The log was sent again; the step under way can be."""
+        """All servers stand where the log ends; the step under way can go on."""
         self._move(SessionState.STEPPING)
 
     def log(self, concatenate: Callable[[Sequence[R]], R]) -> tuple[SequenceRequest[R], ...]:

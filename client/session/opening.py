@@ -1,4 +1,4 @@
-"""Opening a session at the hops of a route, and leaving them."""
+"""Opening a session at the hops of a route."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from swarm.client.adapter_choice import adapter_hash_on
 from swarm.client.session.patience import Patience
 from swarm.client.transport.hop_stream import HopEvent, HopStream
 from swarm.datatypes import ModelHash, Route
-from swarm.errors import DeadlineError, FinalError, PeerFaultError, RetryElsewhereError
+from swarm.errors import DeadlineError, PeerFaultError, RetryElsewhereError, SwarmError
 from swarm.pb import session_pb2 as pb
 from swarm.wire.limits import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from swarm.client.config import ClientConfig
     from swarm.client.peer_health import PeerHealth
-    from swarm.client.session.blame import Blame
+    from swarm.client.session.holdings import Holdings
+    from swarm.client.session.inquiry import Inquiry
+    from swarm.client.session.streams import SessionStreams
     from swarm.client.transport.channels import ServerChannels
 
-__all__ = ["RouteOpener"]
+__all__ = ["OpenedHop", "RouteOpener"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedHop:
+    """A hop at which the session is open."""
+
+    stream: HopStream
+    opened: pb.Opened
+    has_kept: bool
+    """Whether it stands where we asked it to stand."""
 
 
 class RouteOpener:
@@ -36,45 +50,66 @@ class RouteOpener:
         model_hash: ModelHash,
         channels: ServerChannels,
         health: PeerHealth,
-        blame: Blame,
+        inquiry: Inquiry,
+        holdings: Holdings,
+        streams: SessionStreams,
         patience: Patience,
         config: ClientConfig,
     ) -> None:
         self._model_hash = model_hash
         self._channels = channels
         self._health = health
-        self._blame = blame
+        self._inquiry = inquiry
+        self._holdings = holdings
+        self._streams = streams
         self._patience = patience
         self._config = config
         self._session_id = os.urandom(16)
-        self._farewells: set[asyncio.Task[None]] = set()
         self.queue_position: int | None = None
         """Our place in the queue of a server that is full; None when we do not wait."""
 
     async def open(
-        self, route: Route, wanted: pb.Open, on_event: Callable[[HopEvent], Awaitable[None]], *, use_push: bool
-    ) -> list[HopStream]:
+        self,
+        route: Route,
+        wanted: pb.Open,
+        positions: Sequence[int],
+        on_event: Callable[[HopEvent], Awaitable[None]],
+        *,
+        use_push: bool,
+    ) -> list[OpenedHop]:
         """Open the session at every hop. Raises the refusal of the first hop that refuses.
 
-        `wanted` says the epoch and the sizes. All hops at once, unless one was full before and there is no way
-        around it: then one after the other in block order, waiting in its queue. Everybody who waits holding a
-        place does so in that order, so nobody waits for somebody who waits for them.
+        `wanted` says the epoch and the sizes; `positions` are those the session stands at, per sequence. All hops at
+        once, unless one was full before and there is no way around it: then one after the other in block order,
+        waiting in its queue. Everybody who waits holding a place does so in that order, so nobody waits for somebody
+        who waits for them; therefore places further on are given up before the wait.
         """
         streams = [HopStream(hop, index, on_event) for index, hop in enumerate(route.hops)]
+        busy = self._health.busy()
+        full = [index for index, hop in enumerate(route.hops) if hop.peer_id in busy and self._holdings.of(hop) is None]
+        if full:
+            further_on = [hop.peer_id for hop in route.hops[full[0] :]]
+            for peer in further_on:
+                self._holdings.forget(peer)
+            self._streams.leave(further_on)
         requests = [self._request(wanted, route, index, use_push=use_push) for index in range(len(streams))]
-        try:
-            if self._health.busy().intersection(hop.peer_id for hop in route.hops):
-                await self._open_in_turn(route, streams, requests)
-            else:
-                opened = await asyncio.gather(*map(self._open_hop, streams, requests), return_exceptions=True)
-                problems = [result for result in opened if isinstance(result, BaseException)]
-                if problems:
-                    # What retrying can not mend is said first.
-                    raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
-        except BaseException:
-            self.leave(streams)
-            raise
-        return streams
+        if full:
+            replies = await self._open_in_turn(route, streams, requests)
+        else:
+            opened = await asyncio.gather(*map(self._open_hop, streams, requests), return_exceptions=True)
+            problems = [result for result in opened if isinstance(result, BaseException)]
+            if problems:
+                # What retrying can not mend is said first.
+                raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
+            replies = [result for result in opened if isinstance(result, pb.Opened)]
+        return [
+            OpenedHop(
+                stream=stream,
+                opened=reply,
+                has_kept=request.HasField("keep") and reply.kept and _same(reply.positions, positions),
+            )
+            for stream, request, reply in zip(streams, requests, replies, strict=True)
+        ]
 
     def _request(self, wanted: pb.Open, route: Route, index: int, *, use_push: bool) -> pb.Open:
         hop = route.hops[index]
@@ -83,23 +118,30 @@ class RouteOpener:
             model_hash=self._model_hash,
             start=hop.start,
             end=hop.end,
+            adapter=adapter_hash_on(hop.server, self._config.adapter),
             protocol=PROTOCOL_VERSION,
         )
         request.MergeFrom(wanted)
+        holding = self._holdings.of(hop)
+        if holding is not None:
+            request.keep.epoch, request.keep.step = holding.epoch, holding.step
         if use_push and index + 1 < len(route.hops):
             next_server = route.hops[index + 1].server
             request.next.peer_id = next_server.peer_id
             request.next.addresses.extend(next_server.addresses)
         return request
 
-    async def _open_in_turn(self, route: Route, streams: Sequence[HopStream], requests: Sequence[pb.Open]) -> None:
+    async def _open_in_turn(
+        self, route: Route, streams: Sequence[HopStream], requests: Sequence[pb.Open]
+    ) -> list[pb.Opened]:
         """Open hop by hop, waiting in queues."""
         started_s = time.monotonic()
+        replies: list[pb.Opened] = []
         try:
             async with asyncio.timeout(self._patience.queueing_left_s):
                 for stream, request in zip(streams, requests, strict=True):
                     request.may_wait = True
-                    await self._open_hop(stream, request, on_queued=self._note_position)
+                    replies.append(await self._open_hop(stream, request, on_queued=self._note_position))
         except TimeoutError:
             raise DeadlineError(
                 f"the servers of {route} stayed full for {self._config.queue_timeout_s:g} s "
@@ -108,6 +150,7 @@ class RouteOpener:
         finally:
             self.queue_position = None
             self._patience.note_queueing(time.monotonic() - started_s)
+        return replies
 
     def _note_position(self, position: int) -> None:
         logger.info("the server is full; our place in its queue is %d", position)
@@ -115,27 +158,43 @@ class RouteOpener:
 
     async def _open_hop(
         self, stream: HopStream, request: pb.Open, on_queued: Callable[[int], None] | None = None
-    ) -> None:
+    ) -> pb.Opened:
         hop = stream.hop
+        has_waited = False
+
+        def note_queued(position: int) -> None:
+            nonlocal has_waited
+            has_waited = True
+            assert on_queued is not None
+            on_queued(position)
+
+        started_s = time.monotonic()
         try:
-            channel = self._channels.to(hop.server)
-            opened = await stream.open(channel, request, timeout_s=self._config.connect_timeout_s, on_queued=on_queued)
+            opened = await self._inquiry.watch_over(
+                hop,
+                stream.open(
+                    self._channels.to(hop.server),
+                    request,
+                    timeout_s=min(self._config.connect_timeout_s, max(self._patience.left_s, 0.1)),
+                    on_queued=note_queued if on_queued is not None else None,
+                ),
+            )
             if opened.peer_id != hop.peer_id:
                 raise PeerFaultError(f"whoever answers at {hop.server.addresses[0]} is not {hop.peer_id}")
-        except RetryElsewhereError as error:
-            await self._blame.record(hop, error)
-            raise
-        except FinalError as refusal:
-            raise self._blame.weigh(hop, refusal) from refusal
+        except SwarmError as error:
+            found = await self._inquiry.into_refused_open(hop, error)
+            if found is error:
+                raise
+            raise found from error
+        finally:
+            if stream.is_open:  # also when we were interrupted in the very moment: somebody must say goodbye
+                self._streams.add(stream)
+        if not has_waited:
+            self._health.record_answer(hop.peer_id, time.monotonic() - started_s)
+        return opened
 
-    def leave(self, streams: Sequence[HopStream]) -> None:
-        """Close streams in the background: the session need not wait for servers it leaves."""
-        for stream in streams:
-            task = asyncio.get_running_loop().create_task(stream.close(say_goodbye=True))
-            self._farewells.add(task)
-            task.add_done_callback(self._farewells.discard)
 
-    async def wait_until_left(self, *, timeout_s: float) -> None:
-        """Wait until the goodbyes are said, or the time is over."""
-        if self._farewells:
-            await asyncio.wait(self._farewells, timeout=timeout_s)
+def _same(held: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether positions per sequence are equal; a sequence left out at the end holds none."""
+    width = max(len(held), len(wanted))
+    return [*held, *[0] * (width - len(held))] == [*wanted, *[0] * (width - len(wanted))]

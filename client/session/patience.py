@@ -48,9 +48,9 @@ class Patience:
         self._queueing_left_s = self._config.queue_timeout_s
         self._furthest = 0
 
-    def begin_attempt(self) -> None:
-        """The step starts again from the beginning of the log, on another route."""
-        self._num_done = 0
+    def begin_attempt(self, num_done: int = 0) -> None:
+        """The step goes on along another route, all of whose servers hold `num_done` tokens of the log already."""
+        self._num_done = num_done
 
     def note_movement(self) -> None:
         """Something was sent on, so silence is counted from now."""

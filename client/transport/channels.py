@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
 import grpc
 import grpc.aio
 
@@ -9,7 +13,7 @@ from swarm.datatypes import PeerId, ServerInfo
 from swarm.errors import PeerLostError
 from swarm.wire.limits import channel_options
 
-__all__ = ["ServerChannels"]
+__all__ = ["ServerChannels", "lost_when_closed"]
 
 
 class ServerChannels:
@@ -24,14 +28,22 @@ class ServerChannels:
 
         Raises PeerLostError when it announced none.
         """
-        if not server.addresses:
-            raise PeerLostError(f"server {server.peer_id} announced no address")
-        address = server.addresses[self._num_losses.get(server.peer_id, 0) % len(server.addresses)]
+        address = self._address(server)
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=channel_options())
-            self._channels[address] = channel
+            channel = self._channels[address] = _dial(address)
         return channel
+
+    def dial(self, server: ServerInfo) -> grpc.aio.Channel:
+        """A channel of its own to where `to` leads, for the caller to close or to `adopt`. Raises PeerLostError."""
+        return _dial(self._address(server))
+
+    async def adopt(self, server: ServerInfo, channel: grpc.aio.Channel) -> None:
+        """Use a channel from `dial` in the place of the one before, which no longer leads anywhere."""
+        address = self._address(server)
+        before, self._channels[address] = self._channels.get(address), channel
+        if before is not None:
+            await before.close()
 
     async def drop(self, server: ServerInfo) -> None:
         """A server was lost: dial it anew next time, without gRPC's growing backoff, at its next address.
@@ -51,3 +63,31 @@ class ServerChannels:
         self._channels.clear()
         for channel in channels:
             await channel.close()
+
+    def _address(self, server: ServerInfo) -> str:
+        if not server.addresses:
+            raise PeerLostError(f"server {server.peer_id} announced no address")
+        return server.addresses[self._num_losses.get(server.peer_id, 0) % len(server.addresses)]
+
+
+@contextlib.contextmanager
+def lost_when_closed(peer: PeerId) -> Iterator[None]:
+    """Around a call's awaits: raise PeerLostError when its channel is closed, which others who use it may do.
+
+    gRPC cancels the call then, which would look to the caller as if he himself had been cancelled.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise PeerLostError(f"the connection to server {peer} was given up") from None
+    except grpc.aio.UsageError as error:  # it was closed between being handed out and being used
+        raise PeerLostError(f"the connection to server {peer} was given up") from error
+
+
+def _dial(address: str) -> grpc.aio.Channel:
+    # Else gRPC would give two channels to one address the same connection, the broken one for instance.
+    own_connection = ("grpc.use_local_subchannel_pool", 1)
+    return grpc.aio.insecure_channel(address, options=[*channel_options(), own_connection])

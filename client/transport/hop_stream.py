@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
+from swarm.client.transport.channels import lost_when_closed
 from swarm.errors import BadInputError, PeerFaultError, PeerLostError, SwarmError
 from swarm.pb import session_pb2 as pb
 from swarm.wire.failures import error_from_failure, error_from_rpc
@@ -47,6 +48,11 @@ class HopStream:
         self._call: grpc.aio.StreamStreamCall | None = None
         self._reader: asyncio.Task[None] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the server has accepted the session on this stream, and we have not closed it."""
+        return self._reader is not None
+
     async def open(
         self,
         channel: grpc.aio.Channel,
@@ -61,17 +67,18 @@ class HopStream:
         word from the server is not bounded by `timeout_s` any more (the caller has a deadline of its own).
         """
         peer = self.hop.peer_id
-        call = channel.stream_stream(SESSION)()
-        self._call = call
+        with lost_when_closed(peer):
+            call = self._call = channel.stream_stream(SESSION)()
         try:
             async with asyncio.timeout(timeout_s) as patience:
-                await call.write(encode_frame(pb.SessionRequest(open=request)))
-                while isinstance(body := await call.read(), bytes):
-                    reply = self._decode_reply(body)
-                    if not reply.HasField("queued") or on_queued is None:
-                        break
-                    on_queued(reply.queued.position)
-                    patience.reschedule(None)
+                with lost_when_closed(peer):
+                    await call.write(encode_frame(pb.SessionRequest(open=request)))
+                    while isinstance(body := await call.read(), bytes):
+                        reply = self._decode_reply(body)
+                        if not reply.HasField("queued") or on_queued is None:
+                            break
+                        on_queued(reply.queued.position)
+                        patience.reschedule(None)
         except TimeoutError:
             call.cancel()
             raise PeerLostError(f"server {peer} did not open the session within {timeout_s:g} s") from None
@@ -111,15 +118,18 @@ class HopStream:
         peer = self.hop.peer_id
         error: SwarmError
         try:
-            while isinstance(body := await call.read(), bytes):
-                reply, frame = decode_frame(body, pb.SessionReply)
-                if reply.HasField("failure"):
-                    await self._emit(error=error_from_failure(reply.failure, peer=peer), is_report=True)
-                elif reply.HasField("result"):
-                    await self._emit(result=reply.result, frame=frame)
-            error = await self._ending(call)
+            with lost_when_closed(peer):
+                while isinstance(body := await call.read(), bytes):
+                    reply, frame = decode_frame(body, pb.SessionReply)
+                    if reply.HasField("failure"):
+                        await self._emit(error=error_from_failure(reply.failure, peer=peer), is_report=True)
+                    elif reply.HasField("result"):
+                        await self._emit(result=reply.result, frame=frame)
+                error = await self._ending(call)
         except grpc.RpcError as problem:
             error = error_from_rpc(problem, peer=peer)
+        except PeerLostError as problem:
+            error = problem
         except SwarmError as problem:
             error = PeerFaultError(f"server {peer} sent nonsense: {problem}")
         await self._emit(error=error)
@@ -138,13 +148,14 @@ class HopStream:
         """Write a step with its inputs [T, H]. Raises PeerLostError."""
         assert self._call is not None
         try:
-            await self._call.write(encode_frame(pb.SessionRequest(step=step), [hidden]))
+            with lost_when_closed(self.hop.peer_id):
+                await self._call.write(encode_frame(pb.SessionRequest(step=step), [hidden]))
         except grpc.RpcError as error:
             raise error_from_rpc(error, peer=self.hop.peer_id) from error
         except asyncio.InvalidStateError as error:
             raise PeerLostError(f"server {self.hop.peer_id} hung up") from error
 
-    async def close(self, *, say_goodbye: bool, timeout_s: float = 1.0) -> None:
+    async def close(self, *, say_goodbye: bool, timeout_s: float = 2.0) -> None:
         """End the stream; with `say_goodbye` the server frees the session at once."""
         call, self._call = self._call, None
         reader, self._reader = self._reader, None

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from swarm.client.transport.channels import lost_when_closed
 from swarm.errors import BadInputError, PeerFaultError
 from swarm.pb import node_pb2
 from swarm.wire.failures import error_from_failure, error_from_rpc
@@ -21,22 +22,25 @@ from swarm.wire.methods import BACKWARD, FORWARD, HEALTH
 if TYPE_CHECKING:
     import torch
 
-    from swarm.datatypes import Hop, ModelHash, PeerId
+    from swarm.datatypes import AdapterHash, Hop, ModelHash, PeerId
 
 __all__ = ["check_health", "run_blocks"]
 
 
-async def check_health(channel: grpc.aio.Channel, peer: PeerId, *, timeout_s: float) -> str:
-    """The server's state (joining, online, …).
+async def check_health(channel: grpc.aio.Channel, peer: PeerId, *, timeout_s: float) -> node_pb2.HealthReply:
+    """What the server says of its own health, without waiting for its engine.
 
     Raises PeerLostError when it does not answer in time, PeerFaultError for nonsense.
     """
     try:
-        body: bytes = await channel.unary_unary(HEALTH)(node_pb2.HealthRequest().SerializeToString(), timeout=timeout_s)
+        with lost_when_closed(peer):
+            body: bytes = await channel.unary_unary(HEALTH)(
+                node_pb2.HealthRequest().SerializeToString(), timeout=timeout_s
+            )
     except grpc.RpcError as error:
         raise error_from_rpc(error, peer=peer) from error
     try:
-        return node_pb2.HealthReply.FromString(body).state
+        return node_pb2.HealthReply.FromString(body)
     except DecodeError as error:
         raise PeerFaultError(f"server {peer} answered a health call with nonsense") from error
 
@@ -49,16 +53,18 @@ async def run_blocks(
     hidden: torch.Tensor,
     gradient: torch.Tensor | None,
     *,
+    adapter: AdapterHash | None = None,
     timeout_s: float,
 ) -> torch.Tensor:
     """Outputs [T, H] of whole sequences; with `gradient` (of the outputs) the gradient of the inputs instead.
 
     Raises the server's refusal, PeerLostError, or PeerFaultError for an impossible answer.
     """
-    request = node_pb2.RunRequest(model_hash=model_hash, start=hop.start, end=hop.end, counts=counts)
+    request = node_pb2.RunRequest(model_hash=model_hash, start=hop.start, end=hop.end, counts=counts, adapter=adapter)
     method, tensors = (FORWARD, [hidden]) if gradient is None else (BACKWARD, [hidden, gradient])
     try:
-        body: bytes = await channel.unary_unary(method)(encode_frame(request, tensors), timeout=timeout_s)
+        with lost_when_closed(hop.peer_id):
+            body: bytes = await channel.unary_unary(method)(encode_frame(request, tensors), timeout=timeout_s)
     except grpc.RpcError as error:
         raise error_from_rpc(error, peer=hop.peer_id) from error
     try:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from swarm.cli.failures import sentence_for
-from swarm.cli.options import JoinOption, ModelArgument, VerboseOption, WaitTimeoutOption
+from swarm.cli.options import (
+    AdapterOption,
+    JoinOption,
+    ModelArgument,
+    PrecisionOption,
+    VerboseOption,
+    WaitTimeoutOption,
+)
 from swarm.cli.quietness import prepare_process
 from swarm.cli.terminal import complain, say, write_text
 from swarm.errors import SessionClosedError, SwarmError
@@ -39,6 +46,8 @@ def chat(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="S", help="Makes sampling repeatable.", show_default=False)
     ] = None,
+    adapter: AdapterOption = None,
+    precision: PrecisionOption = None,
     wait_timeout: WaitTimeoutOption = 30.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -53,7 +62,7 @@ def chat(
     from swarm.cli.open_client import open_client
 
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout)
+    remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision)
     with remote, Conversation(remote, tokenizer, settings) as conversation:
         if sys.stdin.isatty():
             say(_HELP, style="dim")

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.cli.options import JoinOption, JsonOption, ModelArgument, VerboseOption, WaitTimeoutOption
+from swarm.cli.options import (
+    AdapterOption,
+    JoinOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionOption,
+    VerboseOption,
+    WaitTimeoutOption,
+)
 from swarm.cli.quietness import prepare_process
 from swarm.cli.terminal import json_only, print_json, say, write_text
 
@@ -32,6 +40,8 @@ def generate(
         int | None, typer.Option("--seed", metavar="S", help="Makes sampling repeatable.", show_default=False)
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")] = False,
+    adapter: AdapterOption = None,
+    precision: PrecisionOption = None,
     wait_timeout: WaitTimeoutOption = 30.0,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
@@ -46,7 +56,7 @@ def generate(
         from swarm.cli.open_client import open_client
 
         settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout)
+        remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision)
         with remote:
             result = answer(
                 remote, tokenizer, prompt, settings, is_raw=raw, on_text=write_text if not json else lambda text: None

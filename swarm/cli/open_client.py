@@ -24,12 +24,19 @@ def check_join_addresses(join: Sequence[str]) -> None:
 
 
 def open_client(
-    model_name: str, join: Sequence[str], *, wait_timeout_s: float
+    model_name: str,
+    join: Sequence[str],
+    *,
+    wait_timeout_s: float,
+    adapter: str | None = None,
+    precision: str | None = None,
 ) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     """The model and its tokenizer; close the model when done.
 
     Args:
         wait_timeout_s: how long to wait for blocks that nobody serves yet.
+        adapter: name of a LoRA adapter to use; None: the model as it is.
+        precision: of the servers' weights at least; None: any.
 
     Raises: as `SwarmModelForCausalLM.from_pretrained`.
     """
@@ -41,7 +48,12 @@ def open_client(
 
         progress.start(f"Opening {model_name}", None, "")
         model = SwarmModelForCausalLM.from_pretrained(
-            model_name, initial_peers=list(join), report=progress, no_route_wait_s=wait_timeout_s
+            model_name,
+            initial_peers=list(join),
+            report=progress,
+            no_route_wait_s=wait_timeout_s,
+            adapter=adapter,
+            precision=precision,
         )
         try:
             return model, load_tokenizer(model_name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,13 +13,16 @@ from swarm.datatypes import Span
 from swarm.errors import BadInputError
 
 __all__ = [
+    "AdapterOption",
     "ExitWithParentOption",
     "JoinOption",
     "JsonOption",
     "ModelArgument",
     "OptionalJoinOption",
+    "PrecisionOption",
     "VerboseOption",
     "WaitTimeoutOption",
+    "parse_adapters",
     "parse_blocks",
 ]
 
@@ -55,12 +60,43 @@ VerboseOption = Annotated[
         metavar="",
     ),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        help="LoRA adapter that the servers add, one of those that `swarm status` shows.",
+        show_default="the model as it is",
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="nf4|int8|bf16|fp32",
+        help="Use only servers whose weights are at least this precise.",
+        show_default="any",
+    ),
+]
 WaitTimeoutOption = Annotated[
     float,
     typer.Option(
         "--wait-timeout", metavar="SECONDS", min=0.0, help="How long to wait for blocks that nobody serves yet."
     ),
 ]
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` each, as folders by name. Raises BadInputError for anything else, and for a name given twice."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            raise BadInputError(f"--adapter {text} names no folder; give NAME=FOLDER, for example poet=./adapters/poet")
+        if name in folders:
+            raise BadInputError(f"--adapter {name} is given twice; give each adapter a name of its own")
+        folders[name] = Path(folder)
+    return folders
 
 
 def parse_blocks(text: str) -> Span:

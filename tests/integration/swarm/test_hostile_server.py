@@ -252,9 +252,9 @@ def test_a_server_that_never_stops_talking_is_not_listened_to(
     spam = encode_frame(pb.SessionReply(result=pb.StepResult(epoch=1, step=1)), [torch.zeros(500, HIDDEN_SIZE)])
     bad_alone.repeat(spam, 5000)
     driver: Any = session._driver
-    wait_until(lambda: driver._events.qsize() > 100)
+    wait_until(lambda: driver._latest.events.qsize() > 100)
     time.sleep(0.3)
-    assert driver._events.qsize() < 500
+    assert driver._latest.events.qsize() < 500
     second = step(session, 9, 14)
     assert_right(llama, torch.cat([first, second]))
     client.close()

@@ -105,11 +105,17 @@ async def test_pushing_ends_for_a_search_and_comes_back_when_somebody_is_found(b
     assert use_push == [True, False, False, True]
 
 
-def test_servers_that_can_not_reach_each_other_are_not_asked_to_again(blame: Blame) -> None:
-    """What two routers forbid in one step they forbid in the next."""
+def test_servers_that_can_not_reach_each_other_are_not_asked_to_again_soon(health: PeerHealth, channels: Any) -> None:
+    """What two routers forbid in one step they forbid in the next; a line that was cut comes back."""
+    clock = [100.0]
+    blame = Blame(health=health, channels=channels, use_push=True, now_s=lambda: clock[0])
+    use_push = [blame.use_push]
     blame.stop_pushing()
     blame.settle()
-    assert not blame.use_push
+    for _ in range(2):
+        clock[0] += 60.0
+        use_push.append(blame.use_push)
+    assert use_push == [True, False, True]
 
 
 def test_who_does_not_want_pushing_never_gets_it(health: PeerHealth, channels: Any) -> None:

@@ -62,6 +62,17 @@ def test_doing_the_same_again_does_not(clock: Clock, patience: Patience) -> None
     assert patience.left_s == 10.0
 
 
+def test_what_the_servers_have_kept_counts_as_done(clock: Clock, patience: Patience) -> None:
+    """A loss amid a long step must not make its second half look like a repetition of the first."""
+    patience.note_done(100)
+    patience.note_done(100)
+    clock.time_s += 3.0
+    patience.begin_attempt(200)
+    assert patience.left_s == 7.0
+    patience.note_done(1)
+    assert patience.left_s == 10.0
+
+
 def test_time_in_queues_is_counted_apart(clock: Clock, patience: Patience) -> None:
     """A place in a queue is worth keeping for longer than a step may take, but not again and again."""
     clock.time_s += 20.0
