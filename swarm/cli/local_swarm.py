@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -87,10 +88,24 @@ class LocalSwarm:
         arguments = ["bootstrap", "--host", _HOST]
         entry = self._launch("entry point", arguments)
         self.address = str(entry.ready(deadline_s=time.monotonic() + _START_TIMEOUT_S)["address"])
-        for span in self._spans:
-            arguments = ["serve", self._model_name, "--join", self.address, "--blocks", str(span), "--host", _HOST]
-            arguments += ["--threads", str(self._num_threads)]
-            self._servers.append(self._launch(f"server of blocks {span}", arguments))
+        self._servers += [self.launch_server(span) for span in self._spans]
+
+    def launch_server(self, span: Span, arguments: Sequence[str] = (), *, log_path: Path | None = None) -> NodeProcess:
+        """One more server, which `wait_until_online` does not wait for; it ends with the swarm at the latest.
+
+        Args:
+            span: blocks to serve.
+            arguments: more of `swarm serve`.
+            log_path: see NodeProcess.
+        """
+        fixed = ["serve", self._model_name, "--join", self.address, "--blocks", str(span), "--host", _HOST]
+        fixed += ["--threads", str(self._num_threads)]
+        return self._launch(f"server of blocks {span}", [*fixed, *arguments], log_path=log_path)
+
+    def discard(self, process: NodeProcess) -> None:
+        """See that a process of `launch_server` is gone, and keep nothing of it."""
+        stop_all([process])
+        self._processes.remove(process)
 
     def wait_until_online(self, on_progress: Callable[[int], None] = lambda num_online: None) -> list[LocalServer]:
         """The servers, in the order of their spans, once all of them serve.
@@ -121,7 +136,7 @@ class LocalSwarm:
         on_progress(len(servers))
         return servers
 
-    def _launch(self, label: str, arguments: Sequence[str]) -> NodeProcess:
-        process = NodeProcess(label, arguments, num_threads=self._num_threads)
+    def _launch(self, label: str, arguments: Sequence[str], *, log_path: Path | None = None) -> NodeProcess:
+        process = NodeProcess(label, arguments, num_threads=self._num_threads, log_path=log_path)
         self._processes.append(process)
         return process

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from swarm.errors import FinalError
@@ -25,17 +26,18 @@ _MAX_STDERR_BYTES: Final = 65536
 class NodeProcess:
     """Runs until `stop_all`, and no longer than the process that made it, however that ends."""
 
-    def __init__(self, label: str, arguments: Sequence[str], *, num_threads: int) -> None:
+    def __init__(self, label: str, arguments: Sequence[str], *, num_threads: int, log_path: Path | None = None) -> None:
         """
         Args:
             label: what to call it in messages.
             arguments: of `swarm`, without --json.
             num_threads: CPU threads of its libraries.
+            log_path: file that what it says on standard error is appended to; None keeps it for error messages only.
         """
         self.label = label
         threads = str(num_threads)
         # A file, not a pipe: nobody need read it while the process runs.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in stop_all)
+        self._stderr = open(log_path, "ab+") if log_path else tempfile.TemporaryFile()  # noqa: SIM115 (see stop_all)
         self._process = subprocess.Popen(
             # -P: a folder named swarm where the user happens to be is not ours.
             [sys.executable, "-P", "-m", "swarm", *arguments, "--json", "--exit-with-parent"],
@@ -52,6 +54,11 @@ class NodeProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
 
     @property
     def is_ready(self) -> bool:
@@ -71,6 +78,10 @@ class NodeProcess:
             return self._ready.result(max(deadline_s - time.monotonic(), 0.0))
         except concurrent.futures.TimeoutError:
             raise FinalError(f"the {self.label} was not ready in time; is the machine very busy?") from None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal of `signal`; nothing happens when it has ended already."""
+        self._process.send_signal(number)
 
     def begin_stop(self) -> None:
         """Tell it to leave at once."""
