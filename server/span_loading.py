@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -11,9 +11,12 @@ from swarm.errors import BadInputError, UnsupportedModelError
 from swarm.server.adapters import load_adapters
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from swarm.datatypes import AdapterInfo, Span
     from swarm.models import ModelSource, SpanModel
     from swarm.models.adapters.source import AdapterSource
+    from swarm.models.offload import BlockStreamer
     from swarm.models.progress import ProgressReporter
     from swarm.server.engine.engine import SpanBackend
     from swarm.server.node_config import NodeConfig
@@ -90,17 +93,18 @@ def _on_one_device(
     from swarm.server.engine.choosing import choose_backend
 
     plan = workplace.plan(source, span, config)
-    model = _load_model(source, span, workplace, workplace.devices[0], report)
     close: Callable[[], None] = _nothing
+    streamed: frozenset[int] = frozenset()
+    streamer: BlockStreamer | None = None
     if plan.num_streamed:
-        from swarm.models.offload import offload_layers
+        from swarm.models import offload
 
-        streamed = spread_evenly(plan.num_blocks, plan.num_streamed)
-        streamer = offload_layers(model, streamed, where="disk" if workplace.is_cpu else "host")
-        if streamer is not None:
-            close = streamer.close
-            undo.callback(close)
-    elif workplace.is_cpu:
+        streamed = frozenset(spread_evenly(plan.num_blocks, plan.num_streamed))
+        streamer = offload.BlockStreamer(workplace.devices[0], where="disk" if workplace.is_cpu else "host")
+        close = streamer.close
+        undo.callback(close)
+    model = _load_model(source, span, workplace, workplace.devices[0], report, streamer=streamer, streamed=streamed)
+    if workplace.is_cpu and streamer is None:
         _pack(model)
     found = load_adapters(model, adapters, num_blocks=source.num_blocks, report=report)
     return LoadedSpan(
@@ -190,9 +194,21 @@ def _in_a_row(
 
 
 def _load_model(
-    source: ModelSource, span: Span, workplace: Workplace, device: str, report: ProgressReporter | None
+    source: ModelSource,
+    span: Span,
+    workplace: Workplace,
+    device: str,
+    report: ProgressReporter | None,
+    *,
+    streamer: BlockStreamer | None = None,
+    streamed: Collection[int] = (),
 ) -> SpanModel:
+    """Blocks in `streamed` go to the streamer as they arrive, so they need not fit while they are loaded either."""
     from swarm.models import check_span, default_weight_cache, load_span
+
+    def on_block(index: int, block: nn.Module) -> None:
+        if streamer is not None and index in streamed:
+            streamer.take(index, block)
 
     model = load_span(
         source,
@@ -200,8 +216,11 @@ def _load_model(
         weights=workplace.precision,
         device=device,
         weight_cache=default_weight_cache(),
+        on_block=on_block,
         report=report,
     )
+    if streamer is not None:
+        streamer.start()
     verdict = check_span(model)
     if not verdict.ok:
         raise UnsupportedModelError(f"{source.name} is not served: {verdict.reason}")

@@ -26,7 +26,7 @@ from swarm.errors import BadInputError, UnsupportedModelError
 from swarm.models.anatomy import Anatomy, DummyInput, cut_config, describe_architecture
 from swarm.models.progress import ProgressReporter
 from swarm.models.span_cache import SpanCache
-from swarm.models.streaming import load_blocks
+from swarm.models.streaming import OnBlock, load_blocks
 from swarm.models.support import layer_types_of, unsupported_reason
 from swarm.weights.accounting import WeightAccount, count_weights
 from swarm.weights.choice import format_for, hidden_dtype_for
@@ -254,6 +254,7 @@ def load_span(
     attention: str | None = None,
     weight_cache: WeightCache | None = None,
     double_quantised: bool = False,
+    on_block: OnBlock | None = None,
     report: ProgressReporter | None = None,
 ) -> SpanModel:
     """Build blocks [a, b) of a model, fetching and reading only their tensors, a few blocks at a time.
@@ -269,6 +270,7 @@ def load_span(
         attention: name of the attention function; None takes the best one that the family supports.
         weight_cache: where blocks in few bits are kept for the next start; None keeps none.
         double_quantised: quantise NF4's scales too (on CUDA).
+        on_block: may move a block's weights elsewhere as soon as they are there (see swarm.models.offload).
         report: told about downloads, conversions and loading.
 
     Raises:
@@ -297,6 +299,7 @@ def load_span(
         device=torch.device(device),
         weight_format=weight_format,
         weight_cache=weight_cache,
+        on_block=on_block,
         report=report,
     )
     cut_config(model.config.get_text_config(decoder=True), span)

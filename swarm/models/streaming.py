@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from swarm.weights.disk_cache import WeightCache
     from swarm.weights.formats import WeightFormat
 
-__all__ = ["load_blocks"]
+__all__ = ["OnBlock", "load_blocks"]
+
+OnBlock = Callable[[int, nn.Module], None]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def load_blocks(
     device: torch.device,
     weight_format: WeightFormat | None = None,
     weight_cache: WeightCache | None = None,
+    on_block: OnBlock | None = None,
     report: ProgressReporter | None = None,
 ) -> tuple[PreTrainedModel, Anatomy]:
     """The model cut to `span`, on `device`, without gradients; its config still tells of all blocks.
@@ -57,12 +60,16 @@ def load_blocks(
         dtype: of all weights that `weight_format` does not store.
         weight_format: for large matrices; None keeps them in `dtype`.
         weight_cache: of blocks in `weight_format`; not used without one.
+        on_block: told of each block as soon as it has its weights, with its number within the span; it may take
+            them away again, so that a span can be loaded that does not fit.
 
     Raises: as `load_model`.
     """
     report = report or SilentProgress()
     model, anatomy, blocks = _make_skeleton(source, span, dtype)
-    loader = _BlockLoader(source, span, blocks, dtype=dtype, device=device, weight_format=weight_format)
+    loader = _BlockLoader(
+        source, span, blocks, dtype=dtype, device=device, weight_format=weight_format, on_block=on_block
+    )
     missing = list(range(len(span)))
     if weight_cache is not None and weight_format is not None:
         report.start(f"looking for stored blocks {span}", len(span), "blocks")
@@ -87,6 +94,10 @@ def load_blocks(
     model.requires_grad_(False)
     nn.Module.to(model, device)
     return model, anatomy
+
+
+def _leave_block(index: int, block: nn.Module) -> None:
+    pass
 
 
 def _make_skeleton(
@@ -131,8 +142,10 @@ class _BlockLoader:
         dtype: torch.dtype,
         device: torch.device,
         weight_format: WeightFormat | None,
+        on_block: OnBlock | None,
     ) -> None:
         self._source = source
+        self._on_block = on_block or _leave_block
         self._span = span
         self._blocks = blocks
         self._dtype = dtype
@@ -158,6 +171,7 @@ class _BlockLoader:
             logger.warning("blocks of %s look otherwise than those in the cache: %s", self._source.name, error)
             weight_cache.forget(key)
             return False
+        self._on_block(index, self._blocks[index])
         return True
 
     def fill_from_source(self, indices: list[int], weight_cache: WeightCache | None) -> None:
@@ -183,6 +197,7 @@ class _BlockLoader:
             put_tensors(self._blocks[index], tensors)
             if self._format is not None and weight_cache is not None:
                 weight_cache.write(self._key(index, self._format), tensors)
+            self._on_block(index, self._blocks[index])
 
     def _key(self, index: int, weight_format: WeightFormat) -> BlockKey:
         return BlockKey(

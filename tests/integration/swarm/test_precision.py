@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 from swarm.errors import BadInputError, NoRouteError
+from swarm.models.block_sizes import measure_model_shape
+from swarm.server import planning
+from swarm.server.capacity_plan import STEP_TOKENS, DeviceMemory
+from swarm.weights import parse_precision
 from tests.integration.conftest import TinyLlama
 from tests.swarm_in_process import InProcessSwarm
 
@@ -41,13 +46,24 @@ def test_an_unknown_precision_is_named(llama: TinyLlama) -> None:
         swarm.connect(precision="fp23")
 
 
-def test_sessions_go_on_where_servers_stream_their_weights(llama: TinyLlama) -> None:
-    """What does not fit is slow, not different."""
-    torch.manual_seed(1)
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_blocks_beyond_the_memory_stream_in(llama: TinyLlama, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    """A machine that is too small is slow, and answers the same; without --offload it says what would help."""
+    torch.manual_seed(2)
     hidden = torch.randn(7, llama.local.config.hidden_size)
-    with InProcessSwarm(llama.folder, [(0, 6)]) as swarm:
+    with InProcessSwarm(llama.folder, [(0, 6)], weights=weights) as swarm:
         expected = run(swarm, hidden)
-    with InProcessSwarm(llama.folder, [], weights="fp32") as swarm:
+    config: dict[str, Any] = {"weights": weights, "kv_memory_bytes": 2**20}
+    with InProcessSwarm(llama.folder, [], **config) as swarm:
+        sizes = measure_model_shape(swarm.source.config).sizes(parse_precision(weights), "cpu")
+        needed = 2**20 + sizes.step_bytes(STEP_TOKENS)
+        usable = needed + 4 * sizes.largest_bytes
+        memory = DeviceMemory(name="a small machine", free_bytes=2 * usable, total_bytes=2 * usable, is_host=True)
+        monkeypatch.setattr(planning, "measure_device_memory", lambda device: memory)
+        with pytest.raises(BadInputError, match=r"a small machine.*--offload"):
+            swarm.add_server(0, 6)
         node = swarm.add_server(0, 6, offload=True)
-        assert "6 of 6 blocks" in node.plan
-        torch.testing.assert_close(run(swarm, hidden), expected)
+        assert "stream" in node.plan
+        torch.testing.assert_close(run(swarm, hidden), expected, rtol=0, atol=0)
+        swarm.run(node.leave())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("swarm-offload")]
