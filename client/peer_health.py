@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from swarm.datatypes import PeerId
@@ -113,6 +113,10 @@ class PeerHealth:
         """Peers to avoid now."""
         now_s = self._now_s()
         return frozenset(peer for peer, record in self._records.items() if record.avoided_until_s > now_s)
+
+    def next_to_try(self, peers: Collection[PeerId]) -> PeerId:
+        """Of peers that are all to be avoided, the one whose time is over first; each failure puts it further back."""
+        return min(peers, key=lambda peer: (self._record(peer).avoided_until_s, peer))
 
     def reliability(self) -> dict[PeerId, float]:
         """Between 0 and 1 for every peer there is experience with; 1 stands for nothing but successes."""

@@ -153,9 +153,12 @@ class RouteFinder:
         return True
 
     def _plan(self, servers: Sequence[ServerInfo], held: Sequence[Holding], like: Sequence[Hop]) -> Route:
-        """A route without the peers that failed lately, but for those who alone serve some block."""
-        avoided = self._health.avoided()
+        """A route without the peers that failed lately, but for those who alone serve some block.
 
+        They are allowed one at a time, longest recovered first: of two holders that failed, the one that fails
+        again must not be tried for ever while the other one is well by now.
+        """
+        avoided = self._health.avoided()
         while True:
             try:
                 return self._plan_without(avoided, servers, held, like)
@@ -167,7 +170,7 @@ class RouteFinder:
                 }
                 if not needed:
                     raise
-                avoided -= needed
+                avoided -= {self._health.next_to_try(needed)}
 
     def _plan_without(
         self, avoided: Collection[PeerId], servers: Sequence[ServerInfo], held: Sequence[Holding], like: Sequence[Hop]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from swarm.datatypes import PeerId, ServerInfo, ServerState, Span
+from swarm.errors import PeerLostError
 
 if TYPE_CHECKING:
     from swarm.discovery.registry import Registry
@@ -20,6 +21,8 @@ __all__ = ["Presence", "announced_address", "describe_joining", "join_dht"]
 logger = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S: Final = 10.0
 _WITHDRAW_TIMEOUT_S: Final = 3.0
+_PAUSES_S: Final = (0.5, 1.0, 2.0, 4.0)
+"""Between tries to announce."""
 
 
 class Presence:
@@ -33,7 +36,14 @@ class Presence:
         self._task: asyncio.Task[None] | None = None
 
     async def announce(self) -> None:
-        """Once, now. Raises PeerLostError when nobody could be told."""
+        """Now. Raises PeerLostError when nobody could be told after a few tries: a busy machine may miss one."""
+        for pause_s in _PAUSES_S:
+            try:
+                await self._registry.announce(self._describe(), ttl_s=2 * self._period_s)
+                return
+            except PeerLostError as error:
+                logger.info("could not announce, trying again in %g s: %s", pause_s, error)
+            await asyncio.sleep(pause_s)
         await self._registry.announce(self._describe(), ttl_s=2 * self._period_s)
 
     def announce_soon(self) -> None:

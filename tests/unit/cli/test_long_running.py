@@ -16,6 +16,8 @@ from swarm.cli.serve import _leave
 class Node:
     """Drains until told otherwise."""
 
+    is_loading = False
+
     def __init__(self, num_sessions: int) -> None:
         self.num_sessions = num_sessions
         self.drained = asyncio.Event()

@@ -76,6 +76,18 @@ async def test_where_all_have_failed_all_are_tried_again() -> None:
     assert await peers(make_finder(*servers, failed=["left", "right"])) == ["left", "right"]
 
 
+async def test_holders_that_all_failed_take_turns() -> None:
+    """The one that fails again must not be tried for ever while the other one is well by now."""
+    finder = make_finder(make_server("a", 0, 12), make_server("b", 0, 12), failed=["a", "b"])
+    tried: list[str] = []
+    for _ in range(6):
+        (peer,) = await peers(finder)
+        tried.append(peer)
+        finder._health.record_failure(PeerId(peer))
+    assert tried[:2] == ["a", "b"]
+    assert set(tried[2:]) == {"a", "b"}
+
+
 async def test_whether_a_peer_can_be_avoided() -> None:
     """A slow server is left only for one that can do its work, and has not failed itself."""
     servers = [make_server("whole", 0, 12), make_server("left", 0, 6), make_server("right", 6, 12)]
