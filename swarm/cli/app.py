@@ -11,6 +11,7 @@ import typer
 
 from swarm.cli.bench import bench_app
 from swarm.cli.bootstrap import bootstrap
+from swarm.cli.calibrate import calibrate
 from swarm.cli.chat import chat
 from swarm.cli.demo import demo
 from swarm.cli.doctor import doctor
@@ -55,6 +56,7 @@ app.command(epilog="Example: swarm serve smollm2-135m-instruct --join ADDRESS --
 app.command(epilog="Example: swarm status smollm2-135m-instruct --join ADDRESS")(status)
 app.command(epilog='Example: swarm generate smollm2-135m-instruct --join ADDRESS --prompt "Hello!"')(generate)
 app.command(epilog="Example: swarm chat smollm2-135m-instruct --join ADDRESS")(chat)
+app.command(epilog="Example: swarm calibrate smollm2-135m-instruct --text book.txt")(calibrate)
 app.command(epilog="Example: swarm doctor --join ADDRESS")(doctor)
 app.add_typer(bench_app, name="bench")
 

@@ -46,3 +46,22 @@ def test_a_prompt_beyond_the_context_is_refused(tiny_model: Path) -> None:
     done = run_swarm("bench", "prefill", "--model", tiny_model, "--prompt-tokens", "600", timeout_s=110)
     assert done.exit_code == 2
     assert "512" in done.sentence and "--prompt-tokens" in done.sentence
+
+
+def test_weights_compares_every_precision(tiny_model: Path) -> None:
+    """As above: loading cold and from the disk, timing, and reading text, at each precision."""
+    done = run_swarm(
+        *("bench", "weights", "--model", tiny_model, "--hidden", "128", "--blocks", "1", "--rounds", "1"),
+        *("--tokens", "500", "--window", "100", "--json"),
+        timeout_s=110,
+    )
+    assert done.exit_code == 0, done.err
+    results = done.json["results"]
+    assert [result["weights"] for result in results] == ["fp32", "bf16", "int8", "nf4"] * 2
+    for result in results[:4]:
+        assert result["num_tokens"] >= 500
+        assert 0.5 < result["perplexity_ratio"] < 2
+    for result in results:
+        assert result["decode_ms_1"] > 0 and result["decode_ms_64"] > 0
+        assert (result["load_cached_s"] is None) == (result["weights"] in ("fp32", "bf16"))
+    assert results[7]["bytes_per_weight"] < 0.65

@@ -1,0 +1,177 @@
+"""How much a token matters to a KV head, by the methods that can be chosen; each is one class in this module.
+
+A scorer judges a token when it comes (`score_new`: from the token alone, so the same whatever follows) and again at
+each compression event (`rescore`: from what the newest queries attend to). Both see one layer at a time, so it does
+not matter how layers are cut.
+"""
+
+# Letters: t new tokens, w newest queries, m candidates, n keys, Hk KV heads, G query heads of each, D head dimension.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from swarm.errors import BadInputError
+from swarm.kvpolicy.calibration_file import Calibration
+
+__all__ = ["SCORERS", "NewTokens", "Scorer", "attention_received", "build_scorer"]
+
+_MIN_WEIGHT: Final = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTokens:
+    """What one layer knows of tokens that have just been run."""
+
+    layer: int
+    """Absolute."""
+    first: int
+    """Absolute position of the first."""
+    hidden: torch.Tensor
+    """[t, hidden size]: the input of the attention module, after its norm."""
+    num_kv_heads: int
+
+
+class Scorer(Protocol):
+    """One way of judging tokens."""
+
+    query_tokens: int
+    """Newest queries of a step that `rescore` wants to know of; 0 when it never looks."""
+
+    def score_new(self, new: NewTokens) -> torch.Tensor:
+        """First scores [Hk, t] float32 of tokens that have just come."""
+
+    def rescore(
+        self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores [m] float32 of a KV head's candidates, by which they are chosen and which are remembered in 16 bit.
+
+        Args:
+            scores: [m] float32, so far.
+            is_new: [m] bool, whether this is a token's first event.
+            received: [m] from `attention_received`; None where there were too few queries to judge by.
+        """
+
+
+def attention_received(queries: torch.Tensor, keys: torch.Tensor, scaling: float, *, num_before: int) -> torch.Tensor:
+    """Largest attention weight [n] float32 that each key gets from the newest queries of its group.
+
+    Args:
+        queries: [G, w, D].
+        keys: [n, D]: all keys these queries see, the last w of them at the queries' own positions.
+        scaling: what the model multiplies scores with.
+        num_before: keys before the first query, n - w.
+    """
+    num_new = queries.shape[1]
+    scores = torch.matmul(queries.float(), keys.float().transpose(0, 1)) * scaling
+    own = torch.ones(num_new, num_new, dtype=torch.bool).tril()
+    scores[:, :, num_before:] = scores[:, :, num_before:].masked_fill(~own, -torch.inf)
+    return scores.softmax(dim=-1).amax(dim=(0, 1))
+
+
+class WindowScorer:
+    """What the newest queries attend to (as SnapKV, PyramidInfer); what older ones did counts half at each event."""
+
+    query_tokens: int = 64
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        pass
+
+    def score_new(self, new: NewTokens) -> torch.Tensor:
+        return torch.zeros(new.num_kv_heads, len(new.hidden))
+
+    def rescore(
+        self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        if received is None:
+            return scores
+        return torch.maximum(received, torch.where(is_new, 0.0, scores / 2))
+
+
+class LearnedScorer:
+    """A linear guess, from the token's own hidden state, of how strongly a second reading would look it up.
+
+    In the manner of KVzap (2601.07891), which imitates KVzip (2505.23416) without its second reading. Knows nothing
+    of the question to come, needs no query, and gives the same scores however a prompt is chunked.
+    """
+
+    query_tokens: int = 0
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        if calibration is None:
+            raise BadInputError("the learned scorer needs a calibrated model; run `swarm calibrate MODEL` first")
+        self._calibration = calibration
+
+    def score_new(self, new: NewTokens) -> torch.Tensor:
+        weights = self._calibration.scorer_weights[new.layer].float()
+        return (new.hidden.float() @ weights[:-1] + weights[-1]).transpose(0, 1)
+
+    def rescore(
+        self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        return scores
+
+
+class BlendedScorer(LearnedScorer):
+    """The learned guess, corrected once by what the queries at the end of the token's own chunk attend to."""
+
+    query_tokens: int = 64
+    _WEIGHT: Final = 0.2
+
+    def rescore(
+        self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        if received is None:
+            return scores
+        usual = float(self._calibration.received_mean[layer, head])
+        return torch.where(is_new, scores + self._WEIGHT * (received.clamp_min(_MIN_WEIGHT).log() - usual), scores)
+
+
+class RandomScorer:
+    """The control: what any other scorer must beat. The same on every server, from position, layer and head."""
+
+    query_tokens: int = 0
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        pass
+
+    def score_new(self, new: NewTokens) -> torch.Tensor:
+        positions = torch.arange(new.first, new.first + len(new.hidden), dtype=torch.float64)
+        heads = torch.arange(new.num_kv_heads, dtype=torch.float64)[:, None]
+        # The classic one-line hash of shader programs: uniform enough for a control, and the same everywhere.
+        mixed = torch.sin(positions * 12.9898 + heads * 78.233 + new.layer * 37.719) * 43758.5453
+        return (mixed - mixed.floor()).float()
+
+    def rescore(
+        self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        return scores
+
+
+SCORERS: Final[dict[str, Callable[[Calibration | None], Scorer]]] = {
+    "blended": BlendedScorer,
+    "learned": LearnedScorer,
+    "window": WindowScorer,
+    "random": RandomScorer,
+}
+
+
+def build_scorer(name: str, calibration: Calibration | None) -> Scorer:
+    """The scorer of that name; without a calibration those that need one become `window`.
+
+    Raises:
+        BadInputError: there is none.
+    """
+    if name not in SCORERS:
+        raise BadInputError(f"there is no scorer {name!r}; known are {', '.join(SCORERS)}")
+    if calibration is None and name in ("blended", "learned"):
+        name = "window"
+    return SCORERS[name](calibration)
+
+
+MIN_QUERIES: Final = 16
+"""Fewer newest queries than this say too little to judge tokens by."""
