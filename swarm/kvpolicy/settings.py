@@ -141,7 +141,7 @@ _PRESETS: Final = (
             has_summary=False,
         ),
     ),
-    # ... and uniform 4 bit without calibration, as KIVI and GEAR store their backbone.
+    # ... and 4 bit that knows nothing of the model: Hadamard axes, one scale for each token.
     KVPolicy(
         name="gear",
         preset="gear-uncalibrated",
