@@ -30,6 +30,8 @@ class Workplace:
     devices: tuple[str, ...]
     """One, or several that share the blocks."""
     precision: Precision
+    double_quantised: bool = False
+    """Whether the scales of 4-bit weights are in few bits as well."""
     reason: str
     """Why this precision, when nobody asked for it, as half a sentence; else empty."""
 
@@ -77,7 +79,7 @@ def find_workplace(source: ModelSource, config: NodeConfig) -> Workplace:
     """
     devices = _choose_devices(config.device)
     if config.weights != AUTO:
-        return Workplace(devices=devices, precision=parse_precision(config.weights), reason="")
+        return _workplace(config, devices, parse_precision(config.weights))
     import torch
 
     from swarm.weights import choose_automatically
@@ -86,11 +88,15 @@ def find_workplace(source: ModelSource, config: NodeConfig) -> Workplace:
     if len(devices) > 1 or (devices[0] == "cpu" and published is not torch.bfloat16):
         # Slices of matrices are cut from floats; and only weights published in bf16 leave a CPU a choice.
         precision = Precision.BF16 if devices[0] != "cpu" else Precision.FP32
-        return Workplace(devices=devices, precision=precision, reason="")
+        return _workplace(config, devices, precision)
     hidden_size = int(source.config.get_text_config(decoder=True).hidden_size)
     choice = choose_automatically(devices[0], hidden_size=hidden_size, published_dtype=published)
     logger.info("weights: %s", choice.reason)
-    return Workplace(devices=devices, precision=choice.precision, reason=choice.reason)
+    return _workplace(config, devices, choice.precision, choice.reason)
+
+
+def _workplace(config: NodeConfig, devices: tuple[str, ...], precision: Precision, reason: str = "") -> Workplace:
+    return Workplace(devices=devices, precision=precision, double_quantised=config.double_quantised, reason=reason)
 
 
 def _choose_devices(names: str) -> tuple[str, ...]:

@@ -216,6 +216,7 @@ def _load_model(
         weights=workplace.precision,
         device=device,
         weight_cache=default_weight_cache(),
+        double_quantised=workplace.double_quantised,
         on_block=on_block,
         report=report,
     )
