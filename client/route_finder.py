@@ -70,6 +70,10 @@ class RouteFinder:
         """Those remembered that hold the adapter, if one was chosen."""
         return self._adapter.usable(self._list.remembered)
 
+    def remembered(self, peer: PeerId) -> ServerInfo | None:
+        """What the last look-up said of a peer that this client may use."""
+        return next((server for server in self._usable if server.peer_id == peer), None)
+
     async def close(self) -> None:
         """End look-ups under way."""
         await self._list.close()

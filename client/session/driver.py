@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,12 +24,9 @@ from swarm.client.session.recovery import last_to_restore
 from swarm.client.session.streams import SessionStreams
 from swarm.client.session.traffic import RouteTraffic
 from swarm.client.transport.channels import ServerChannels
-from swarm.datatypes import ModelHash, Route
+from swarm.datatypes import Hop, ModelHash, Route
 from swarm.errors import DeadlineError, PeerLostError, RetryElsewhereError, SessionClosedError, SwarmError
 from swarm.pb import session_pb2 as pb
-
-if TYPE_CHECKING:
-    from swarm.datatypes import Hop
 
 __all__ = ["SessionDriver"]
 
@@ -200,6 +196,7 @@ class SessionDriver:
         )
         traffic.begin(opened)
         has_restored = await self._restore(traffic, opened)
+        self._dismiss_unclaimed(route.hops)
         self._holdings.keep_only(route.hops)
         self._streams.leave_others([hop.peer_id for hop in route.hops])
         if machine.state is SessionState.RECOVERING:
@@ -238,6 +235,18 @@ class SessionDriver:
         self._holdings.restored(hops, epoch=self.machine.epoch, step=step)
         return True
 
+    def _dismiss_unclaimed(self, in_use: Sequence[Hop]) -> None:
+        """Servers that leave hand the session over; a successor that it does not go on at need not wait for us."""
+        peers_in_use = {hop.peer_id for hop in in_use}
+        for holding in self._holdings.unclaimed():
+            server = self._finder.remembered(holding.peer_id)
+            if server is None or holding.peer_id in peers_in_use or not server.span.contains_span(holding.span):
+                continue
+            wanted = self._wanted(())
+            wanted.epoch = self.machine.epoch + 1
+            hop = Hop(server=server, span=holding.span)
+            self._streams.end_elsewhere(self._opener.dismiss(hop, wanted))
+
     def _note_failover(self, route: Route, *, has_restored: bool) -> None:
         if self._last_hops:
             before = [(hop.peer_id, hop.span) for hop in self._last_hops]
@@ -262,5 +271,8 @@ class SessionDriver:
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait([self._stepping], timeout=2.0)
+        if self._latest is not None:
+            self._latest.heed_farewells()
+        self._dismiss_unclaimed(self._traffic.hops if self._traffic is not None else ())
         self._traffic = None
         await self._streams.leave_all(timeout_s=3.0)

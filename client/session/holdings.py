@@ -80,6 +80,10 @@ class Holdings:
         peers = {hop.peer_id for hop in hops}
         self._by_peer = {peer: holding for peer, holding in self._by_peer.items() if peer in peers}
 
+    def unclaimed(self) -> tuple[Holding, ...]:
+        """Copies at successors that this session has not been opened at."""
+        return tuple(holding for holding in self._by_peer.values() if holding.server is None)
+
     def save(self) -> tuple[Holding, ...]:
         """The copies as they are now, for `go_back`."""
         return tuple(self._by_peer.values())

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from swarm.client.session.inquiry import Inquiry
     from swarm.client.session.streams import SessionStreams
     from swarm.client.transport.channels import ServerChannels
+    from swarm.datatypes import Hop
 
 __all__ = ["OpenedHop", "RouteOpener"]
 
 logger = logging.getLogger(__name__)
+_DISMISS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,21 @@ class RouteOpener:
             request.next.peer_id = next_server.peer_id
             request.next.addresses.extend(next_server.addresses)
         return request
+
+    async def dismiss(self, hop: Hop, wanted: pb.Open) -> None:
+        """Free a copy of the session that nobody will come for; harmless where there is none."""
+
+        async def ignore(event: HopEvent) -> None:
+            pass
+
+        stream = HopStream(hop, 0, ignore)
+        request = self._request(wanted, Route((hop,)), 0, use_push=False)
+        try:
+            await stream.open(self._channels.to(hop.server), request, timeout_s=_DISMISS_TIMEOUT_S)
+        except SwarmError as error:  # it ends by itself, only later
+            logger.debug("a copy at %s could not be dismissed: %s", hop.peer_id, error)
+        finally:
+            await stream.close(say_goodbye=True)
 
     async def _open_in_turn(
         self, route: Route, streams: Sequence[HopStream], requests: Sequence[pb.Open]

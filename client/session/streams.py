@@ -37,6 +37,10 @@ class SessionStreams:
         """Leave everybody but these."""
         self.leave([peer for peer in self._by_peer if peer not in peers])
 
+    def end_elsewhere(self, ending: Coroutine[Any, Any, None]) -> None:
+        """A goodbye to somebody there is no stream to; waited for like the others."""
+        self._spawn(ending)
+
     async def leave_all(self, *, timeout_s: float) -> None:
         """Leave everybody, and wait until the goodbyes are said, or the time is over."""
         self.leave(list(self._by_peer))

@@ -204,3 +204,19 @@ def test_one_server_after_the_other_can_be_replaced(llama: TinyLlama) -> None:
         ran = [tokens_run(node) - before[node.info.peer_id] for node in swarm.nodes]
         assert max(ran) <= 6, "the newest have run only what came after them"
         session.close()
+
+
+def test_a_session_that_ends_after_it_was_moved_frees_its_successor(llama: TinyLlama) -> None:
+    """Its client never came for the copy, and nobody should have to wait for it."""
+    with swarm_of(llama, (0, 6)) as swarm:
+        client = swarm.connect()
+        session = client.open_session(max_length=64)
+        append(session, 20)
+        old = node_of(swarm, session, 0)
+        (new,) = [swarm.add_server(0, 6)]
+        client.servers()
+        leaving = drain(swarm, old)
+        wait_until(lambda: new.info.num_sessions == 1)
+        session.close()
+        wait_until(lambda: is_idle(new), timeout_s=5.0)
+        leaving.join(20)
