@@ -10,7 +10,7 @@ from swarm.datatypes import Span
 from swarm.discovery.record_checks import MAX_ADAPTERS
 from swarm.errors import BadInputError
 from swarm.server.rpc.sessions import SessionLimits
-from swarm.weights.precision import AUTO, parse_precision
+from swarm.weights.precision import AUTO, Precision
 
 __all__ = ["NodeConfig"]
 
@@ -65,8 +65,9 @@ class NodeConfig:
     limits: SessionLimits = field(default_factory=SessionLimits)
 
     def __post_init__(self) -> None:
-        if self.weights != AUTO:
-            parse_precision(self.weights)
+        if self.weights not in (AUTO, *(precision.value for precision in Precision)):
+            known = ", ".join(precision.value for precision in Precision)
+            raise BadInputError(f"--weights {self.weights} is no precision; choose {AUTO}, {known}")
         if self.kv_policy != "none":
             raise BadInputError(f"--kv {self.kv_policy} is not offered yet; use --kv none")
         if len(self.adapters) > MAX_ADAPTERS:

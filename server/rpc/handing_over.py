@@ -105,6 +105,7 @@ class HandoverSender:
                 num_pages=len(export.pages),
                 expected_tokens=session.expected_tokens,
                 adapter=session.adapter,
+                is_client_away=session.send is None,
             )
             return await self._send(session, offered, export, successor, memory)
         finally:

@@ -37,6 +37,8 @@ class OfferedSession:
     num_pages: int
     expected_tokens: int
     adapter: AdapterHash = NO_ADAPTER
+    is_client_away: bool = False
+    """Whether its client could not be told that it moves."""
 
     @property
     def key(self) -> SessionKey:
@@ -72,6 +74,7 @@ def write_offer(session: OfferedSession, model: HostedModel, page_format: PageFo
         dtype=page_format.dtype,
         num_pages=session.num_pages,
         adapter=session.adapter,
+        is_client_away=session.is_client_away,
         sequences=[
             pb.HandoverSequence(sequence=sequence, length=part.length, pages=part.pages.ravel().tolist())
             for sequence, part in session.sequences.items()
@@ -122,6 +125,7 @@ def check_offer(offer: pb.HandoverOffer, model: HostedModel, page_format: PageFo
         num_pages=offer.num_pages,
         expected_tokens=min(offer.expected_tokens, offer.max_length * offer.max_sequences),
         adapter=check_adapter(offer.adapter, model),
+        is_client_away=offer.is_client_away,
     )
 
 

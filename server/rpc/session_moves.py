@@ -122,7 +122,7 @@ class SessionMoves:
             adapter=offered.adapter,
             push=None,
             expected_tokens=offered.expected_tokens,
-            grace_s=self._limits.takeover_grace_s,
+            grace_s=self._limits.detach_grace_s if offered.is_client_away else self._limits.takeover_grace_s,
             is_unclaimed=True,
         )
         self._table.add(session)

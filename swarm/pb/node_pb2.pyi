@@ -100,7 +100,7 @@ class HandoverRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[HandoverOffer, _Mapping]] = ..., pages: _Optional[_Union[HandoverPages, _Mapping]] = ..., end: _Optional[_Union[HandoverEnd, _Mapping]] = ...) -> None: ...
 
 class HandoverOffer(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints", "page_values", "dtype", "adapter")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints", "page_values", "dtype", "adapter", "is_client_away")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class HandoverOffer(_message.Message):
     PAGE_VALUES_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    IS_CLIENT_AWAY_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     model_hash: str
@@ -135,7 +136,8 @@ class HandoverOffer(_message.Message):
     page_values: int
     dtype: str
     adapter: str
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ..., page_values: _Optional[int] = ..., dtype: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+    is_client_away: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ..., page_values: _Optional[int] = ..., dtype: _Optional[str] = ..., adapter: _Optional[str] = ..., is_client_away: bool = ...) -> None: ...
 
 class HandoverSequence(_message.Message):
     __slots__ = ("sequence", "length", "pages")

@@ -213,6 +213,20 @@ def test_a_session_whose_client_is_away_is_handed_over(llama: TinyLlama, swarm: 
         assert_right(llama, run(again, 2, 20, 21, epoch=2), rows(21))
 
 
+def test_a_copy_nobody_was_told_of_does_not_wait_for_long(llama: TinyLlama) -> None:
+    """A client that left for another server hears of no hand-over; what it left must not follow it for minutes."""
+    with InProcessSwarm(llama.folder, [(0, 6), (0, 6)], limits=SessionLimits(detach_grace_s=5.0)) as swarm:
+        leaving, successor = swarm.nodes
+        with RawClient(leaving.info) as old:
+            stream, _ = old.open()
+            run(stream, 1, 0, 20)
+            stream.hang_up()
+            wait_until(lambda: sessions_of(leaving)[0].away_s() is not None)
+            start_draining(swarm, leaving)
+            wait_until(lambda: successor.info.num_sessions == 1)
+            wait_until(lambda: is_idle(successor), timeout_s=30.0)
+
+
 def test_a_session_in_host_memory_is_handed_over(llama: TinyLlama, swarm: InProcessSwarm) -> None:
     """What made room for others is no less a session; its copy is read where it lies."""
     leaving, successor = swarm.add_server(0, 6), swarm.add_server(0, 6)
