@@ -109,7 +109,11 @@ async def load_hosting(
     adapters = await asyncio.to_thread(open_adapters, config.adapters, report=report)
     loaded = await asyncio.to_thread(load_backend, source, span, config, workplace, adapters, report)
     # Before the engine's thread owns the backend.
-    tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, loaded)
+    try:
+        tokens_per_s = await asyncio.to_thread(measure_tokens_per_s, loaded)
+    except BaseException:
+        loaded.close()
+        raise
     hosted = HostedModel(
         model_hash=source.model_hash,
         span=span,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from swarm.errors import BadInputError
+from swarm.server.device_memory import measure_device_memory
 from swarm.server.planning import plan_server
+from swarm.server.spread_plan import plan_spread
 from swarm.weights.precision import AUTO, Precision, parse_precision
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from swarm.models import ModelSource
     from swarm.server.capacity_plan import CapacityPlan
     from swarm.server.node_config import NodeConfig
+    from swarm.server.spread_plan import SpreadPlan
 
 __all__ = ["Workplace", "find_workplace"]
 
@@ -66,6 +69,19 @@ class Workplace:
             may_stream=config.offload,
         )
 
+    def spread(self, source: ModelSource, span: Span, config: NodeConfig) -> SpreadPlan:
+        """What each of several devices takes of `span`.
+
+        Raises BadInputError when it does not fit all of them together; the message says what would.
+        """
+        from swarm.models.block_sizes import measure_model_shape
+
+        sizes = measure_model_shape(source.config).sizes(self.precision, self.devices[0])
+        wanted = config.kv_memory_bytes
+        kv_tokens = None if wanted is None else wanted // (sizes.kv_bytes_per_token * len(span))
+        memories = [replace(measure_device_memory(name), name=name) for name in self.devices]
+        return plan_spread(sizes, memories, span, kv_tokens=kv_tokens)
+
     def _kv_bytes(self, config: NodeConfig) -> int | None:
         if config.kv_memory_bytes is None and self.is_cpu:
             return _CPU_KV_BYTES
@@ -78,6 +94,8 @@ def find_workplace(source: ModelSource, config: NodeConfig) -> Workplace:
     Raises BadInputError for devices or precisions that do not exist, MissingDependencyError.
     """
     devices = _choose_devices(config.device)
+    if len(devices) > 1 and config.offload:
+        raise BadInputError("--offload is not offered over several devices; name one with --device")
     if config.weights != AUTO:
         return _workplace(config, devices, parse_precision(config.weights))
     import torch

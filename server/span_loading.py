@@ -139,14 +139,14 @@ def _on_several_devices(
     from swarm.server.engine.tensor_parallel import SliceConfig, start_tensor_parallel
     from swarm.weights.choice import hidden_dtype_for
 
-    memory_bytes = config.kv_memory_bytes or workplace.plan(source, span, config).kv_bytes
+    plan = workplace.spread(source, span, config)
     backend = start_tensor_parallel(
         source,
         span,
         SliceConfig(
             devices=workplace.devices,
             dtype=hidden_dtype_for(workplace.precision, workplace.devices[0]),
-            memory_bytes=memory_bytes,
+            memory_bytes=sum(share.kv_bytes for share in plan.shares),
             num_threads=config.num_threads,
         ),
     )
@@ -166,16 +166,10 @@ def _on_several_devices(
 def _in_a_row(
     source: ModelSource, span: Span, config: NodeConfig, workplace: Workplace, report: ProgressReporter | None
 ) -> LoadedSpan:
-    from swarm.models.block_sizes import measure_model_shape
-    from swarm.server.device_memory import measure_device_memory
     from swarm.server.engine.chained import ChainedBackend, Stage
     from swarm.server.engine.choosing import choose_backend
-    from swarm.server.spread_plan import plan_spread
 
-    sizes = measure_model_shape(source.config).sizes(workplace.precision, workplace.devices[0])
-    wanted = config.kv_memory_bytes
-    kv_tokens = None if wanted is None else wanted // (sizes.kv_bytes_per_token * len(span))
-    plan = plan_spread(sizes, [measure_device_memory(name) for name in workplace.devices], span, kv_tokens=kv_tokens)
+    plan = workplace.spread(source, span, config)
     stages: list[Stage] = []
     hidden_size = 0
     for share in plan.shares:
