@@ -1,8 +1,9 @@
 """A compressed KV cache in its plainest form: what every faster one must agree with, and what is measured.
 
-One sequence, any layers of a model. Bytes are those that are really held: packed rows, positions, scores, summaries,
-the 16-bit sinks and tail, and four bytes of page table for every block. Decoded numbers are kept between events for
-speed only and do not count; a server decodes into a workspace.
+One sequence, any layers of a model. Bytes are those of an engine's layout at rest: tiles of packed rows with their
+positions and scores, slots for the summary, the sinks and the longest tail whether used or not, and the table. What
+whole pages add is the engine's to tell. Decoded numbers are kept between events for speed only and do not count; a
+server decodes into a workspace.
 """
 
 # Letters: Hq query heads, Hk KV heads, G = Hq / Hk, t new tokens, m stored tokens of a head, n keys, D, Dv dimensions.
@@ -11,20 +12,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from swarm.kvpolicy.budget import BudgetCurve, count_kept
-from swarm.kvpolicy.row_codecs import RowCodec
-from swarm.kvpolicy.scorers import MIN_QUERIES, NewTokens, Scorer, attention_received
+from swarm.kvpolicy.budget import count_kept
+from swarm.kvpolicy.layer_settings import LayerSettings
+from swarm.kvpolicy.scorers import MIN_QUERIES, NewTokens, attention_received
 from swarm.kvpolicy.selection import select_kept
-from swarm.kvpolicy.settings import KVPolicy
-from swarm.kvpolicy.streaming import CompressionEvent, event_after
+from swarm.kvpolicy.streaming import (
+    CompressionEvent,
+    TailState,
+    advance,
+    can_rewind,
+    event_after,
+    is_staged,
+    new_tail,
+    next_cut,
+    tail_capacity,
+)
 
 __all__ = ["HeadRows", "LayerCache", "LayerSettings", "ReferenceCache", "attend_over"]
 
-_TABLE_ENTRY_BYTES = 4
+_TILE_ENTRY_BYTES = 4
+_HEAD_ENTRY_BYTES = 12
+"""How many tiles, and how many tokens were dropped."""
+_SCORE_BYTES = 2
+_SHORT_POSITIONS = 1 << 15
 _STORED_DTYPE = torch.float16
 
 
@@ -35,7 +49,7 @@ class HeadRows:
     rows: torch.Tensor
     """[m, row bytes] uint8"""
     positions: torch.Tensor
-    """[m] int64 here; two bytes each are counted below 65536 positions, four above"""
+    """[m] int64 here; two bytes each are counted below 32768 positions, four above"""
     scores: torch.Tensor
     """[m] float16"""
     summary_key: torch.Tensor
@@ -43,21 +57,6 @@ class HeadRows:
     summary_value: torch.Tensor
     """[Dv] likewise"""
     num_dropped: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSettings:
-    """What a layer is and what it is kept by."""
-
-    layer: int
-    """Absolute."""
-    policy: KVPolicy
-    curve: BudgetCurve
-    scorer: Scorer
-    codec: RowCodec
-    num_kv_heads: int
-    window: int = 0
-    """Positions a query sees, itself included; 0 for all. Such layers drop by position alone."""
 
 
 @dataclass
@@ -72,17 +71,27 @@ class LayerCache:
     raw_scores: torch.Tensor | None = None
     """[Hk, sinks + tail] float16"""
     length: int = 0
-    stored_end: int = 0
-    """Where the tail begins; the sinks' number until something is stored."""
+    tail: TailState = field(init=False)
+    queries: torch.Tensor | None = None
+    """[Hq, w, D] 16 bit, newest queries of what is staged"""
+    num_staged: int = 0
     _decoded: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.stored_end = self.settings.policy.num_sinks
+        self.tail = new_tail(self.settings.policy)
+
+    @property
+    def stored_end(self) -> int:
+        """Where the tail begins; the sinks' number until something is stored."""
+        return self.tail.stored_end
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> None:
         """Take keys [Hk, t, D] and values [Hk, t, Dv] of the next t positions; hidden [t, H] goes to the scorer."""
         new = NewTokens(
-            layer=self.settings.layer, first=self.length, hidden=hidden, num_kv_heads=self.settings.num_kv_heads
+            layer=self.settings.layer,
+            positions=torch.arange(self.length, self.length + len(hidden)),
+            hidden=hidden,
+            num_kv_heads=self.settings.num_kv_heads,
         )
         scores = self.settings.scorer.score_new(new).to(_STORED_DTYPE)
         keys, values = keys.to(_STORED_DTYPE), values.to(_STORED_DTYPE)
@@ -105,6 +114,23 @@ class LayerCache:
             summary_value=torch.zeros(values.shape[-1]),
         )
 
+    def rewind(self, length: int) -> None:
+        """Forget the positions from `length` on.
+
+        Raises:
+            ValueError: that can not be done exactly.
+        """
+        if length > self.length or not can_rewind(self.settings.policy, self.tail, length):
+            raise ValueError(f"can not go back from {self.length} to {length} tokens in state {self.tail}")
+        if length == 0:
+            self.raw_keys = self.raw_values = self.raw_scores = self.queries = None
+            self.tail, self.num_staged = new_tail(self.settings.policy), 0
+        elif self.raw_keys is not None and self.raw_values is not None and self.raw_scores is not None:
+            num_raw = self.raw_keys.shape[1] - (self.length - length)
+            self.raw_keys, self.raw_values = self.raw_keys[:, :num_raw], self.raw_values[:, :num_raw]
+            self.raw_scores = self.raw_scores[:, :num_raw]
+        self.length = length
+
     # -- reading -------------------------------------------------------------------------------
 
     def keys_of(self, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -118,7 +144,7 @@ class LayerCache:
         positions = [rows.positions, self._raw_positions()]
         keys = [stored_keys, self.raw_keys[head].float()]
         values = [stored_values, self.raw_values[head].float()]
-        has_summary = rows.num_dropped > 0 and self._has_summary()
+        has_summary = rows.num_dropped > 0 and self.settings.has_summary
         if has_summary:
             keys.insert(0, rows.summary_key[None])
             values.insert(0, rows.summary_value[None])
@@ -128,35 +154,63 @@ class LayerCache:
             biases[0] = math.log(rows.num_dropped)
         return torch.cat(keys), torch.cat(values), torch.cat(positions), biases
 
-    def _has_summary(self) -> bool:
-        pruning = self.settings.policy.pruning
-        return pruning is not None and pruning.has_summary and not self.settings.window
-
     def _raw_positions(self) -> torch.Tensor:
         sinks = min(self.settings.policy.num_sinks, self.length)
         return torch.cat((torch.arange(sinks), torch.arange(self.stored_end, max(self.length, self.stored_end))))
 
     # -- compressing ---------------------------------------------------------------------------
 
-    def compress(self, event: CompressionEvent, queries: torch.Tensor, scaling: float) -> None:
+    def settle(self) -> None:
+        """Do what is due before the next step."""
+        if not self.tail.is_staging:
+            event = event_after(self.settings.policy, self.stored_end, self.length)
+            if event is not None:
+                self.compress(event, None, 1.0)
+
+    def finish(self, queries: torch.Tensor, scaling: float, *, is_unfinished: bool) -> None:
+        """Account for a part that has been appended and has attended, and compress if it ends an input or a chunk.
+
+        Args:
+            queries: [Hq, t, D], of the part.
+        """
+        policy, count = self.settings.policy, queries.shape[1]
+        start = self.length - count
+        after = advance(policy, self.tail, start, count, is_unfinished=is_unfinished)
+        if is_staged(policy, self.tail, start, count, is_unfinished=is_unfinished):
+            self.num_staged += count
+            queries = queries.to(_STORED_DTYPE)
+            joined = queries if self.queries is None else torch.cat((self.queries, queries), dim=1)
+            self.queries = joined[:, -max(self.settings.scorer.query_tokens, 1) :]
+            event = event_after(policy, self.stored_end, self.length)
+            if event is not None and (not is_unfinished or self.length == next_cut(policy, start)):
+                self.compress(event, self.queries if self.num_staged >= MIN_QUERIES else None, scaling)
+            if not is_unfinished:
+                self.queries, self.num_staged = None, 0
+        self.tail = after
+
+    def compress(self, event: CompressionEvent, queries: torch.Tensor | None, scaling: float) -> None:
         """Bring the layer to the state after `event`.
 
         Args:
-            queries: [Hq, w, D], the newest w of the step that has just been run; more than the scorer wants is fine.
+            queries: [Hq, w, D], the newest w of the input that has just been run; more than the scorer wants is fine.
+                None where they say too little.
             scaling: what the model multiplies scores with.
         """
         assert self.raw_keys is not None and self.raw_values is not None and self.raw_scores is not None
         policy = self.settings.policy
         num_new = event.end - event.first
         first = policy.num_sinks
-        group = queries.shape[0] // self.settings.num_kv_heads
+        if queries is None or queries.shape[1] < MIN_QUERIES or not self.settings.judges:
+            judges: list[torch.Tensor | None] = [None] * len(self.heads)
+        else:
+            judges = list(queries[:, -self.settings.scorer.query_tokens :].chunk(len(self.heads)))
         for head, rows in enumerate(self.heads):
             new_positions = torch.arange(event.first, event.end)
             new_keys = self.raw_keys[head, first : first + num_new]
             new_values = self.raw_values[head, first : first + num_new]
             positions = torch.cat((rows.positions, new_positions))
             scores = torch.cat((rows.scores, self.raw_scores[head, first : first + num_new])).float()
-            scores = self._judge(head, scores, queries[head * group : (head + 1) * group], scaling, num_new)
+            scores = self._judge(head, scores, judges[head], scaling, num_new)
             scores = scores.to(_STORED_DTYPE)
             kept = self._choose(head, scores.float(), positions, event)
             self._drop(head, kept, new_keys, new_values)
@@ -174,21 +228,21 @@ class LayerCache:
         self.raw_keys = self.raw_keys[:, keep_raw]
         self.raw_values = self.raw_values[:, keep_raw]
         self.raw_scores = self.raw_scores[:, keep_raw]
-        self.stored_end = event.end
+        self.tail = replace(self.tail, stored_end=event.end, compressed_at=event.length)
+        self.queries, self.num_staged = None, 0
 
     def _judge(
-        self, head: int, scores: torch.Tensor, queries: torch.Tensor, scaling: float, num_new: int
+        self, head: int, scores: torch.Tensor, queries: torch.Tensor | None, scaling: float, num_new: int
     ) -> torch.Tensor:
-        """Scores [m] of stored and leaving tokens after the newest queries have been looked at."""
+        """Scores [m] of stored and leaving tokens after the newest queries [G, w, D] have been looked at."""
         scorer = self.settings.scorer
         is_new = torch.arange(len(scores)) >= len(scores) - num_new
-        received = None
-        if scorer.query_tokens and queries.shape[1] >= MIN_QUERIES and not self.settings.window:
-            queries = queries[:, -scorer.query_tokens :]
-            keys, _, positions, _ = self.keys_of(head)
-            weights = attention_received(queries, keys, scaling, num_before=len(keys) - queries.shape[1])
-            is_candidate = positions >= self.settings.policy.num_sinks
-            received = weights[is_candidate][: len(scores)]
+        if queries is None:
+            return scorer.rescore_unseen(scores, is_new, torch.zeros(len(scores), dtype=torch.int64))
+        keys, _, positions, _ = self.keys_of(head)
+        weights = attention_received(queries, keys, scaling, num_before=len(keys) - queries.shape[1])
+        is_candidate = positions >= self.settings.policy.num_sinks
+        received = weights[is_candidate][: len(scores)]
         return scorer.rescore(self.settings.layer, head, scores, is_new, received)
 
     def _choose(
@@ -197,8 +251,9 @@ class LayerCache:
         """Indices of the candidates that stay."""
         policy, pruning = self.settings.policy, self.settings.policy.pruning
         if self.settings.window:
-            # What no later query sees goes, and nothing else: inside a window every token may be wanted.
-            return torch.nonzero(positions > event.length - self.settings.window)[:, 0]
+            # Blocks that no later query sees go, and nothing else: inside a window every token may be wanted.
+            ends = positions + policy.block_tokens - (positions - policy.num_sinks) % policy.block_tokens
+            return torch.nonzero(ends - 1 > event.length - self.settings.window)[:, 0]
         if pruning is None:
             return torch.arange(len(positions))
         num_kept = count_kept(policy, self.settings.curve, self.settings.layer, head, event.end - policy.num_sinks)
@@ -207,7 +262,7 @@ class LayerCache:
 
     def _drop(self, head: int, kept: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor) -> None:
         """Take what is not kept into the summary."""
-        if not self._has_summary():
+        if not self.settings.has_summary:
             return
         rows = self.heads[head]
         stored_keys, stored_values = self._decoded[head]
@@ -226,23 +281,26 @@ class LayerCache:
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def count_bytes(self) -> int:
-        """Bytes held for this layer."""
+    def count_bytes(self, *, has_positions: bool) -> int:
+        """Bytes held for this layer at rest.
+
+        Args:
+            has_positions: whether tiles have room for positions; in all layers or in none.
+        """
         if self.raw_keys is None or self.raw_values is None or self.raw_scores is None:
             return 0
         policy = self.settings.policy
-        prunes = policy.pruning is not None and not self.settings.window
-        total = self.raw_keys.nbytes + self.raw_values.nbytes + (self.raw_scores.nbytes if prunes else 0)
+        num_heads, _, key_dim = self.raw_keys.shape
+        row_bytes = self.settings.codec.row_bytes
+        if has_positions:
+            row_bytes += 2 if self.length < _SHORT_POSITIONS else 4
+        if policy.pruning is not None:
+            row_bytes += _SCORE_BYTES
+        num_slots = 1 + policy.num_sinks + tail_capacity(policy)
+        total = num_slots * num_heads * (2 * (key_dim + self.raw_values.shape[-1]) + _SCORE_BYTES)
         for rows in self.heads:
-            num_rows = len(rows.rows)
-            num_pages = math.ceil(num_rows / policy.block_tokens)
-            total += num_pages * policy.block_tokens * self.settings.codec.row_bytes + num_pages * _TABLE_ENTRY_BYTES
-            if policy.pruning is not None or self.settings.window:
-                total += num_rows * (2 if self.length < 1 << 16 else 4)
-            if prunes:
-                total += rows.scores.nbytes
-            if self._has_summary():
-                total += 2 * (len(rows.summary_key) + len(rows.summary_value)) + 4
+            num_tiles = math.ceil(len(rows.rows) / policy.block_tokens)
+            total += num_tiles * (policy.block_tokens * row_bytes + _TILE_ENTRY_BYTES) + _HEAD_ENTRY_BYTES
         return total
 
 
@@ -291,8 +349,9 @@ class ReferenceCache:
         scaling: float,
         softcap: float | None = None,
         sink_scores: torch.Tensor | None = None,
+        is_unfinished: bool = False,
     ) -> torch.Tensor:
-        """Append t tokens and attend from them: queries [Hq, t, D] to outputs [Hq, t, Dv]; then compress if it is time.
+        """Append t tokens and attend from them: queries [Hq, t, D] to outputs [Hq, t, Dv]; compress when it is time.
 
         Args:
             keys: [Hk, t, D], rotated, of the next t positions.
@@ -300,8 +359,10 @@ class ReferenceCache:
             hidden: [t, hidden size], the input of the attention module.
             softcap: bound of the scores (gemma2).
             sink_scores: [Hq], learned scores that take weight and give nothing (gpt_oss).
+            is_unfinished: whether more tokens of the same input follow.
         """
         cache = self.layers[layer]
+        cache.settle()
         start, num_new = cache.length, queries.shape[1]
         cache.append(keys, values, hidden)
         num_heads = cache.settings.num_kv_heads
@@ -326,14 +387,19 @@ class ReferenceCache:
                     sink_scores=sink_scores[heads].float() if sink_scores is not None else None,
                 )
             )
-        event = event_after(cache.settings.policy, cache.stored_end, cache.length)
-        if event is not None:
-            cache.compress(event, queries, scaling)
+        cache.finish(queries, scaling, is_unfinished=is_unfinished)
         return torch.cat(outputs).to(queries.dtype)
 
     def count_bytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(cache.count_bytes() for cache in self.layers.values())
+        """Bytes held by all layers at rest."""
+        caches = self.layers.values()
+        has_positions = any(cache.settings.policy.pruning is not None or cache.settings.window for cache in caches)
+        return sum(cache.count_bytes(has_positions=has_positions) for cache in caches)
+
+    def rewind(self, length: int) -> None:
+        """Forget the positions from `length` on; ValueError where that can not be done exactly."""
+        for cache in self.layers.values():
+            cache.rewind(length)
 
     def kept_positions(self) -> dict[int, list[list[int]]]:
         """Stored positions by layer and head; what failover with compression has to reproduce."""

@@ -225,19 +225,32 @@ class ReferenceModel:
         softcap = getattr(self.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
-    def step(self, cache: ReferenceCache, policy: KVPolicy, token_ids: Sequence[int], start: int) -> torch.Tensor:
-        """One step over a compressed cache, cut and compressed as the policy says: decoder outputs [t, hidden size]."""
+    def step(
+        self,
+        cache: ReferenceCache,
+        policy: KVPolicy,
+        token_ids: Sequence[int],
+        start: int,
+        *,
+        is_unfinished: bool = False,
+    ) -> torch.Tensor:
+        """One step over a compressed cache, cut and compressed as the policy says: decoder outputs [t, hidden size].
+
+        Args:
+            is_unfinished: whether more tokens of the same input follow in a later step.
+        """
         outputs = []
-        position = start
+        position, end = start, start + len(token_ids)
         for count in cut_step(policy, start, len(token_ids)):
             part = token_ids[position - start : position - start + count]
-            outputs.append(self.run_hidden(part, position, cache_attention(cache)))
             position += count
+            attend = cache_attention(cache, is_unfinished=is_unfinished or position < end)
+            outputs.append(self.run_hidden(part, position - count, attend))
         return torch.cat(outputs)
 
 
-def cache_attention(cache: ReferenceCache) -> Attend:
-    """Attention over a compressed cache."""
+def cache_attention(cache: ReferenceCache, *, is_unfinished: bool = False) -> Attend:
+    """Attention over a compressed cache; of an input of which more follows, or the whole of one or its end."""
 
     def attend(call: AttentionCall) -> torch.Tensor:
         return cache.attend(
@@ -249,6 +262,7 @@ def cache_attention(cache: ReferenceCache) -> Attend:
             scaling=call.scaling,
             softcap=call.softcap,
             sink_scores=call.sink_scores,
+            is_unfinished=is_unfinished,
         )
 
     return attend

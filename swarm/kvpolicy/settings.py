@@ -113,21 +113,23 @@ _PRESETS: Final = (
     KVPolicy(
         name="pyramid+gear",
         preset="pyramid+gear",
-        pruning=PruningSettings(keep_ratio=0.28),
+        pruning=PruningSettings(keep_ratio=0.268),
         quantisation=_FOUR_BIT,
     ),
     KVPolicy(
         name="pyramid+gear",
         preset="smallest",
-        pruning=PruningSettings(keep_ratio=0.162),
+        pruning=PruningSettings(keep_ratio=0.15),
         quantisation=_FOUR_BIT,
     ),
     KVPolicy(
         name="pyramid+gear",
         preset="twentieth",
-        pruning=PruningSettings(keep_ratio=0.14),
+        pruning=PruningSettings(keep_ratio=0.133),
         quantisation=_FOUR_BIT,
     ),
+    # What is left at half the bits: an option for long contexts of models that stand it.
+    KVPolicy(name="gear", preset="gear-2bit", quantisation=QuantisationSettings(key_bits=2, value_bits=2)),
     # Settings as published, for comparison: PyramidInfer's 7B file (arXiv 2405.12532) ...
     KVPolicy(
         name="pyramid",

@@ -142,6 +142,40 @@ def test_the_same_steps_give_the_same_bytes(llama: ReferenceModel, calibration: 
             assert torch.equal(one.rows, other.rows) and torch.equal(one.scores, other.scores)
 
 
+def test_an_input_in_parts_is_compressed_as_a_whole(llama: ReferenceModel, calibration: Calibration) -> None:
+    """Clients cut prompts into steps, engines into parts: the same tokens must be judged by the same queries."""
+    policy = replace(SMALL, chunk_tokens=128)
+    caches = [new_cache(llama, policy, calibration) for _ in range(2)]
+    token_ids = tokens(190)
+    with torch.no_grad():
+        llama.step(caches[0], policy, token_ids, 0)
+        for start, end in ((0, 50), (50, 64), (64, 130), (130, 187), (187, 190)):
+            llama.step(caches[1], policy, token_ids[start:end], start, is_unfinished=end < 190)
+    assert caches[0].kept_positions() == caches[1].kept_positions()
+    for one, other in zip(caches[0].layers.values(), caches[1].layers.values(), strict=True):
+        assert one.tail == other.tail
+        assert all(left.num_dropped == right.num_dropped for left, right in zip(one.heads, other.heads, strict=True))
+
+
+def test_a_token_taken_back_leaves_no_trace(llama: ReferenceModel, calibration: Calibration) -> None:
+    """Stop sequences and rejected guesses take a token back; what follows must not know of it."""
+    caches = [new_cache(llama, SMALL, calibration) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            llama.step(cache, SMALL, tokens(100), 0)
+        for index in range(30):
+            start = 100 + index
+            llama.step(caches[0], SMALL, [5 + index], start)
+            llama.step(caches[1], SMALL, [90], start)
+            caches[1].rewind(start)
+            llama.step(caches[1], SMALL, [5 + index], start)
+    assert caches[0].kept_positions() == caches[1].kept_positions()
+    for one, other in zip(caches[0].layers.values(), caches[1].layers.values(), strict=True):
+        assert one.tail == other.tail and one.length == other.length
+    with pytest.raises(ValueError, match="go back"):
+        caches[0].rewind(50)
+
+
 def test_sliding_window_layers_forget_by_position_alone() -> None:
     """Inside its window a layer may want any token; behind it, none."""
     _, model = build("gemma2")
