@@ -88,13 +88,21 @@ class BitLayout:
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
         """The codes [R, D] uint8 of packed rows [R, num_bytes]; 0 where the width is 0."""
-        codes = rows.new_zeros(len(rows), self.dim)
+        codes = rows.new_empty(len(rows), self.dim)
+        codes[:, len(self.widths) - self.widths.count(0) :] = 0
         start = 0
         for plane in self._planes:
             packed = rows[:, start : start + plane.num_bytes]
             start += plane.num_bytes
             mask = (1 << plane.width) - 1
-            lanes = [(packed >> (lane * plane.width)) & mask for lane in range(8 // plane.width)]
-            values = torch.cat(lanes, dim=1)
-            codes[:, plane.first : plane.end] |= values << plane.shift if plane.shift else values
+            for lane in range(8 // plane.width):
+                values = packed >> (lane * plane.width) if lane else packed
+                if plane.width < 8:
+                    values = values & mask
+                first = plane.first + lane * plane.num_bytes
+                target = codes[:, first : first + plane.num_bytes]
+                if plane.shift:
+                    target |= values << plane.shift
+                else:
+                    target.copy_(values)
         return codes

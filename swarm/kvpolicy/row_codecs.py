@@ -1,7 +1,7 @@
 """Stores keys and values of single tokens in few bits, so that a token can be dropped or moved without touching others.
 
 A head's numbers are first turned into coordinates in which every one has unit size and the first matter most; each
-coordinate is then rounded to the best levels for a normal distribution, in the bits its rank has. Where the model
+coordinate is then rounded to good levels for a normal distribution, in the bits its rank has. Where the model
 was calibrated, the coordinates are the principal axes of its keys as its own queries see them (an error along an
 axis no query looks at is free), with the mean taken away; otherwise a Hadamard rotation, which makes all alike.
 
@@ -70,7 +70,7 @@ class RawCodec:
     """16 bit as they are, for policies that only drop."""
 
     def __init__(self, key_dim: int, value_dim: int) -> None:
-        self._key_bytes = 2 * key_dim
+        self.key_dim, self.value_dim = key_dim, value_dim
         self.row_bytes = 2 * (key_dim + value_dim)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -79,8 +79,8 @@ class RawCodec:
 
     def decode(self, rows: torch.Tensor, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As RowCodec says."""
-        keys = rows[:, : self._key_bytes].contiguous().view(torch.float16).float()
-        return keys, rows[:, self._key_bytes :].contiguous().view(torch.float16).float()
+        keys = rows[:, : 2 * self.key_dim].contiguous().view(torch.float16).float()
+        return keys, rows[:, 2 * self.key_dim :].contiguous().view(torch.float16).float()
 
 
 class TokenCodec:
@@ -92,16 +92,22 @@ class TokenCodec:
 
     def __init__(self, keys: Axes, values: Axes, key_layout: BitLayout, value_layout: BitLayout) -> None:
         self.keys, self.values = keys, values
-        self._key_layout, self._value_layout = key_layout, value_layout
+        self.key_layout, self.value_layout = key_layout, value_layout
         self._key_levels = _LevelTable(key_layout)
         self._value_levels = _LevelTable(value_layout)
         self.row_bytes = key_layout.num_bytes + value_layout.num_bytes + 2 * _SCALES_PER_VECTOR
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """As RowCodec says."""
-        key_codes, key_scales = _to_codes(self.keys, self._key_levels, keys, heads)
-        value_codes, value_scales = _to_codes(self.values, self._value_levels, values, heads)
-        parts = (self._key_layout.pack(key_codes), self._value_layout.pack(value_codes), key_scales, value_scales)
+        return self.encode_coordinates(
+            _to_coordinates(self.keys, keys, heads), _to_coordinates(self.values, values, heads)
+        )
+
+    def encode_coordinates(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Rows [R, row_bytes] of float32 coordinates [R, D] and [R, Dv], as `decode_coordinates` gives them."""
+        key_codes, key_scales = _to_codes(self._key_levels, keys)
+        value_codes, value_scales = _to_codes(self._value_levels, values)
+        parts = (self.key_layout.pack(key_codes), self.value_layout.pack(value_codes), key_scales, value_scales)
         return torch.cat(parts, dim=1)
 
     def decode(self, rows: torch.Tensor, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,11 +120,11 @@ class TokenCodec:
 
     def decode_coordinates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same before `decode` and `mean` of the axes are applied; needs no head, so all heads at once."""
-        middle = self._key_layout.num_bytes
-        end = middle + self._value_layout.num_bytes
+        middle = self.key_layout.num_bytes
+        end = middle + self.value_layout.num_bytes
         scales = _scale_values(rows[:, end:])
-        keys = self._key_levels.look_up(self._key_layout.unpack(rows[:, :middle]))
-        values = self._value_levels.look_up(self._value_layout.unpack(rows[:, middle:end]))
+        keys = self._key_levels.look_up(self.key_layout.unpack(rows[:, :middle]))
+        values = self._value_levels.look_up(self.value_layout.unpack(rows[:, middle:end]))
         return (
             keys * self._key_levels.spread(scales[:, :_SCALES_PER_VECTOR]),
             values * self._value_levels.spread(scales[:, _SCALES_PER_VECTOR:]),
@@ -140,43 +146,57 @@ class _LevelTable:
     def measure(self, coordinates: torch.Tensor) -> torch.Tensor:
         """Root mean squares [R, 2] of the finely and the coarsely stored of coordinates [R, D]."""
         fine, coarse, _ = coordinates.square().split((self._num_fine, self._num_coarse, self._num_none), dim=1)
-        sizes = [part.mean(dim=1) if part.shape[1] else torch.ones(len(part)) for part in (fine, coarse)]
+        sizes = [part.mean(dim=1) if part.shape[1] else part.new_ones(len(part)) for part in (fine, coarse)]
         return torch.stack(sizes, dim=1).sqrt()
 
     def spread(self, scales: torch.Tensor) -> torch.Tensor:
         """Scales [R, 2] to [R, D], one for every coordinate."""
-        counts = torch.tensor([self._num_fine, self._num_coarse + self._num_none])
-        return scales.repeat_interleave(counts, dim=1)
+        num_coarse = self._num_coarse + self._num_none
+        parts = (scales[:, :1].expand(-1, self._num_fine), scales[:, 1:].expand(-1, num_coarse))
+        return torch.cat(parts, dim=1)
 
     def round(self, coordinates: torch.Tensor) -> torch.Tensor:
         """Coordinates [R, D] to codes [R, D] uint8."""
-        codes = torch.zeros(coordinates.shape, dtype=torch.uint8)
+        codes = torch.zeros(coordinates.shape, dtype=torch.uint8, device=coordinates.device)
         for width, first, end in self._runs:
             if width:
-                levels = normal_levels(width)
+                levels = normal_levels(width).to(coordinates.device)
                 borders = (levels[1:] + levels[:-1]) / 2
-                codes[:, first:end] = torch.bucketize(coordinates[:, first:end].contiguous(), borders).to(torch.uint8)
+                codes[:, first:end] = _count_below(coordinates[:, first:end], borders)
         return codes
 
     def look_up(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [R, D] to float32 [R, D]."""
-        values = torch.zeros(codes.shape)
+        values = torch.zeros(codes.shape, device=codes.device)
         for width, first, end in self._runs:
             if width:
-                values[:, first:end] = normal_levels(width)[codes[:, first:end].long()]
+                centred = codes[:, first:end].float() - ((1 << width) - 1) / 2
+                values[:, first:end] = _evaluate(centred, width)
         return values
 
 
-def _to_codes(
-    axes: Axes, levels: _LevelTable, numbers: torch.Tensor, heads: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _count_below(numbers: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
+    """How many borders [b], ascending, lie below each of numbers [...]: uint8."""
+    if len(borders) > 15:
+        return torch.bucketize(numbers.contiguous(), borders).to(torch.uint8)
+    counts = torch.zeros(numbers.shape, dtype=torch.uint8, device=numbers.device)
+    for border in borders:  # few of them: whole vectors of numbers are compared, instead of searching one by one
+        counts += numbers > border
+    return counts
+
+
+def _to_codes(levels: _LevelTable, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scales = _scale_codes(levels.measure(coordinates))
+    return levels.round(coordinates / levels.spread(_scale_values(scales))), scales
+
+
+def _to_coordinates(axes: Axes, numbers: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     centred = numbers.float() - axes.mean[heads]
     coordinates = torch.zeros_like(centred)
     for head in range(len(axes.mean)):
         rows = heads == head
         coordinates[rows] = centred[rows] @ axes.encode[head]
-    scales = _scale_codes(levels.measure(coordinates))
-    return levels.round(coordinates / levels.spread(_scale_values(scales))), scales
+    return coordinates
 
 
 def _from_coordinates(axes: Axes, coordinates: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
@@ -196,28 +216,47 @@ def _scale_values(codes: torch.Tensor) -> torch.Tensor:
     return torch.exp2((codes.float() - _SCALE_ZERO) / _SCALE_STEPS)
 
 
+_LEVEL_POLYNOMIALS: Final[dict[int, tuple[float, ...]]] = {
+    1: (1.59576911,),
+    2: (0.892907971, 0.0506893533),
+    3: (0.490332673, 0.00479890776, 0.000436853288),
+    4: (0.262101753, 0.000153612421, 2.9307045e-05),
+    5: (0.136239219, -5.36800055e-05, 1.44860608e-06),
+    6: (0.0699295893, -1.46793236e-05, 6.03423624e-08),
+    7: (0.0349881503, -2.62863739e-06, 2.33290455e-09),
+    8: (0.0158190945, -4.71044254e-07, 9.3557107e-11),
+}
+"""By width: a level is t * (c0 + c1 t² + c2 t⁴) of the centred code t = code - (2 ** width - 1) / 2."""
+
+
+def level_polynomial(width: int) -> tuple[float, ...]:
+    """Coefficients c of a width's levels t * (c[0] + c[1] t² + ...), t the code less the middle of all codes.
+
+    The polynomial with the least squared error for a standard normal, found by Lloyd's and Max's rounds; what it
+    loses against free levels is 0.2 % of the error at 4 bit, nothing at 2. In return whole vectors of codes are
+    decoded at once, where looking levels up goes one by one.
+    """
+    return _LEVEL_POLYNOMIALS[width]
+
+
 @functools.cache
 def normal_levels(width: int) -> torch.Tensor:
-    """[2 ** width] float32, ascending: the levels with the least squared error for a standard normal (Lloyd, Max)."""
+    """[2 ** width] float32, ascending: the levels of a width of 0 to 8 bits."""
     if width == 0:
         return torch.zeros(1)
-    count = 1 << width
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
-    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    for _ in range(200 if width <= 4 else 2000):
-        borders = torch.cat(
-            (
-                torch.tensor([-math.inf], dtype=torch.float64),
-                (levels[1:] + levels[:-1]) / 2,
-                torch.tensor([math.inf], dtype=torch.float64),
-            )
-        )
-        density = torch.exp(-0.5 * borders.square()) / math.sqrt(2 * math.pi)
-        mass = normal.cdf(borders.clamp(-40, 40))
-        levels = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
-    # Rounded, so that all machines hold the same levels whatever their mathematics libraries do.
-    rounded: torch.Tensor = (levels * 4096).round().div(4096).float()
-    return rounded
+    middle = ((1 << width) - 1) / 2
+    codes = torch.arange(1 << width, dtype=torch.float64) - middle
+    return _evaluate(codes, width).float()
+
+
+def _evaluate(centred: torch.Tensor, width: int) -> torch.Tensor:
+    """Levels of centred codes, in their dtype."""
+    square = centred.square()
+    coefficients = level_polynomial(width)
+    value = torch.full_like(centred, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * square + coefficient
+    return value * centred
 
 
 def hadamard_axes(num_kv_heads: int, dim: int) -> Axes:
