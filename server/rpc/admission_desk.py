@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from swarm.errors import PeerBusyError, PeerLeavingError
-from swarm.kvcache.admission import AdmissionConfig, AdmissionQueue
+from swarm.kvcache.admission import AdmissionConfig, AdmissionQueue, Claim
 from swarm.server.engine.work import SessionKey
 
 __all__ = ["AdmissionDesk"]
@@ -17,8 +17,8 @@ _RETRY_AFTER_S = 2.0
 class AdmissionDesk:
     """The admission queue with its waiting; lives on the event loop."""
 
-    def __init__(self, *, num_tokens_total: int, config: AdmissionConfig) -> None:
-        self._queue: AdmissionQueue[SessionKey] = AdmissionQueue(num_tokens_total=num_tokens_total, config=config)
+    def __init__(self, *, total_bytes: int, config: AdmissionConfig) -> None:
+        self._queue: AdmissionQueue[SessionKey] = AdmissionQueue(total_bytes=total_bytes, config=config)
         self._changed: dict[SessionKey, asyncio.Event] = {}
         self._admitted: set[SessionKey] = set()
         self._has_closed = False
@@ -27,18 +27,18 @@ class AdmissionDesk:
     def num_waiting(self) -> int:
         return self._queue.num_waiting
 
-    def has_place(self, num_tokens_expected: int) -> bool:
+    def has_place(self, claim: Claim) -> bool:
         """Whether a session that expects to use so much would be let in now."""
-        return self._queue.has_place(num_tokens_expected)
+        return self._queue.has_place(claim)
 
-    def enter_now(self, key: SessionKey, num_tokens_expected: int) -> bool:
+    def enter_now(self, key: SessionKey, claim: Claim) -> bool:
         """Let a session in if there is a place at once. Raises ValueError when it is inside or waits already."""
-        return self._queue.request(key, num_tokens_expected, may_wait=False).is_admitted
+        return self._queue.request(key, claim, may_wait=False).is_admitted
 
     async def enter(
         self,
         key: SessionKey,
-        num_tokens_expected: int,
+        claim: Claim,
         *,
         may_wait: bool,
         tell_position: Callable[[int], Awaitable[None]],
@@ -48,7 +48,7 @@ class AdmissionDesk:
         Raises PeerBusyError when it may not wait, or the queue is full, PeerLeavingError after `turn_away`. A
         cancelled wait leaves nothing behind.
         """
-        decision = self._queue.request(key, num_tokens_expected, may_wait=may_wait)
+        decision = self._queue.request(key, claim, may_wait=may_wait)
         if decision.is_admitted:
             return
         if decision.position is None:

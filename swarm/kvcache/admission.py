@@ -3,6 +3,9 @@
 Sessions state what they expect to use. Pages are never reserved for it; the sum of the expectations only
 decides whether one more session is let in, so that those inside rarely have to make room for each other.
 Who is let in stays in: a session that uses more than it said is a matter for the page store.
+
+A session that is compressed needs more for a moment, while a prompt is read. Prompts are read one after the other
+where memory is short, so only the largest such need of all sessions inside is kept free.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["AdmissionConfig", "AdmissionQueue", "Decision"]
+__all__ = ["AdmissionConfig", "AdmissionQueue", "Claim", "Decision"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -35,6 +38,15 @@ class AdmissionConfig:
             raise ValueError(f"AdmissionConfig.fill_share is {self.fill_share}; give a share above 0 and up to 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a session expects to use of the KV memory."""
+
+    lasting_bytes: int
+    passing_bytes: int = 0
+    """On top, while it reads an input."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """Outcome of a request to start."""
@@ -47,12 +59,12 @@ class Decision:
 class AdmissionQueue(Generic[Key]):
     """Sessions inside and waiting, first come first served."""
 
-    def __init__(self, *, num_tokens_total: int, config: AdmissionConfig | None = None) -> None:
+    def __init__(self, *, total_bytes: int, config: AdmissionConfig | None = None) -> None:
         self._config = config or AdmissionConfig()
-        self._limit = max(int(num_tokens_total * self._config.fill_share), 1)
-        self._inside: dict[Key, int] = {}
-        self._waiting: OrderedDict[Key, int] = OrderedDict()
-        self._num_tokens_expected = 0
+        self._limit_bytes = max(int(total_bytes * self._config.fill_share), 1)
+        self._inside: dict[Key, Claim] = {}
+        self._waiting: OrderedDict[Key, Claim] = OrderedDict()
+        self._lasting_bytes = 0
 
     @property
     def num_waiting(self) -> int:
@@ -62,43 +74,47 @@ class AdmissionQueue(Generic[Key]):
     def num_inside(self) -> int:
         return len(self._inside)
 
-    def _fits(self, num_tokens: int) -> bool:
+    def _fits(self, claim: Claim) -> bool:
         """A session alone is always let in: nothing would ever change by waiting."""
         if not self._inside:
             return True
-        return len(self._inside) < self._config.max_sessions and self._num_tokens_expected + num_tokens <= self._limit
+        passing_bytes = max(claim.passing_bytes, *(each.passing_bytes for each in self._inside.values()))
+        expected_bytes = self._lasting_bytes + claim.lasting_bytes + passing_bytes
+        return len(self._inside) < self._config.max_sessions and expected_bytes <= self._limit_bytes
 
-    def has_place(self, num_tokens_expected: int) -> bool:
+    def has_place(self, claim: Claim) -> bool:
         """Whether a session that expects to use so much would be let in now."""
-        return not self._waiting and self._fits(num_tokens_expected)
+        return not self._waiting and self._fits(claim)
 
-    def request(self, key: Key, num_tokens_expected: int, *, may_wait: bool) -> Decision:
+    def request(self, key: Key, claim: Claim, *, may_wait: bool) -> Decision:
         """Ask to start. Nobody overtakes those who wait."""
         if key in self._inside or key in self._waiting:
             raise ValueError("this session has asked before")
-        if self.has_place(num_tokens_expected):
-            self._admit(key, num_tokens_expected)
+        if self.has_place(claim):
+            self._admit(key, claim)
             return Decision(True, None)
         if not may_wait or len(self._waiting) >= self._config.max_waiting:
             return Decision(False, None)
-        self._waiting[key] = num_tokens_expected
+        self._waiting[key] = claim
         return Decision(False, len(self._waiting))
 
-    def _admit(self, key: Key, num_tokens_expected: int) -> None:
-        self._inside[key] = num_tokens_expected
-        self._num_tokens_expected += num_tokens_expected
+    def _admit(self, key: Key, claim: Claim) -> None:
+        self._inside[key] = claim
+        self._lasting_bytes += claim.lasting_bytes
 
     def leave(self, key: Key) -> list[Key]:
         """A session has ended or given up waiting; returns those who are let in now, in order."""
         self._waiting.pop(key, None)
-        self._num_tokens_expected -= self._inside.pop(key, 0)
+        left = self._inside.pop(key, None)
+        if left is not None:
+            self._lasting_bytes -= left.lasting_bytes
         admitted: list[Key] = []
         while self._waiting:
-            candidate, num_tokens = next(iter(self._waiting.items()))
-            if not self._fits(num_tokens):
+            candidate, claim = next(iter(self._waiting.items()))
+            if not self._fits(claim):
                 break
             del self._waiting[candidate]
-            self._admit(candidate, num_tokens)
+            self._admit(candidate, claim)
             admitted.append(candidate)
         return admitted
 

@@ -59,6 +59,10 @@ class PagePool:
         """Whether any of the pages has more than one owner."""
         return bool((self._num_owners[pages] > 1).any())
 
+    def num_shared(self, pages: PageNumbers) -> int:
+        """How many of the pages have more than one owner."""
+        return int(np.count_nonzero(self._num_owners[pages] > 1)) if len(pages) else 0
+
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Take `count` pages, if possible the run that follows page `after`.
 
