@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.errors import BadInputError, SwarmError, UnsupportedModelError
 from swarm.server.engine.engine import NotNow, SpanBackend
-from swarm.server.engine.ragged import RaggedBackend
+from swarm.server.engine.ragged import RaggedBackend, probe_layers
 from swarm.server.engine.sequential import SequentialBackend
 from swarm.server.engine.work import StepWork
 from swarm.server.session_mirror import SequenceStep
 
 if TYPE_CHECKING:
     from swarm.models import SpanModel
+    from swarm.server.policy_layers import PolicyWish
 
 __all__ = ["ChosenBackend", "choose_backend"]
 
 logger = logging.getLogger(__name__)
 _SESSIONS = ((b"a", 11), (b"b", 7))
 _NUM_DECODE_STEPS = 3
+_RAW_TOLERANCE = 0.02
+"""Relative; what rounding keys and values to 16 bit may change."""
 
 
 class ChosenBackend(NamedTuple):
@@ -29,16 +32,20 @@ class ChosenBackend(NamedTuple):
     is_batching: bool
     reason: str
     """Why not batching, in one sentence; empty when it is."""
+    kv_problem: str = ""
+    """Why sessions can not be compressed as wished, in half a sentence; empty when they can, or nobody wished it."""
 
 
-def choose_backend(model: SpanModel, *, memory_bytes: int) -> ChosenBackend:
+def choose_backend(model: SpanModel, *, memory_bytes: int, wish: PolicyWish | None = None) -> ChosenBackend:
     """A backend for a span whose own self-test passed.
 
     Runs two sessions packed into one batch and one at a time; only equal results let the batching backend
-    serve. Raises BadInputError when the memory is too small for any.
+    serve, and only nearly equal ones let it compress sessions as `wish` says: so few tokens are all kept, in 16 bit.
+    Raises BadInputError when the memory is too small for any.
     """
     sequential = SequentialBackend(model, memory_bytes=memory_bytes)
     attention = model.attention
+    expected: list[torch.Tensor] = []
     try:
         expected = _run_sessions(model, sequential)
         backend = RaggedBackend(model, memory_bytes=memory_bytes)
@@ -51,14 +58,50 @@ def choose_backend(model: SpanModel, *, memory_bytes: int) -> ChosenBackend:
         logger.debug("the batching backend failed its self-test", exc_info=True)
         problem = f"{type(error).__name__}: {error}"
     if not problem:
-        return ChosenBackend(backend, True, "")
+        if wish is None or not wish.policy.compresses:
+            return ChosenBackend(backend, True, "")
+        page_tokens = backend.store.page_tokens
+        del backend  # its memory is wanted now
+        return _choose_compressing(model, expected, memory_bytes=memory_bytes, page_tokens=page_tokens, wish=wish)
     if model.attention != attention:
         model.set_attention(attention)
     logger.info("sessions of %s run one at a time: %s", model.architecture, problem)
-    return ChosenBackend(sequential, False, problem)
+    wished = wish is not None and wish.policy.compresses
+    return ChosenBackend(
+        sequential, False, problem, "only sessions that run in batches can be compressed" if wished else ""
+    )
 
 
-def _run_sessions(model: SpanModel, backend: SpanBackend) -> list[torch.Tensor]:
+def _choose_compressing(
+    model: SpanModel, expected: list[torch.Tensor], *, memory_bytes: int, page_tokens: int, wish: PolicyWish
+) -> ChosenBackend:
+    """A backend that compresses sessions, or an exact one and why not."""
+    backend: RaggedBackend | None = None
+    try:
+        layers = probe_layers(model)
+        policy_layers = wish.build(
+            [layer.shape for layer in layers],
+            [layer.window for layer in layers],
+            page_tokens=page_tokens,
+            itemsize=model.dtype.itemsize,
+        )
+        backend = RaggedBackend(model, memory_bytes=memory_bytes, policy_layers=policy_layers)
+        found = _run_sessions(model, backend, compresses=True)
+        problem = _compare(expected, found, max(model.tolerance, _RAW_TOLERANCE), what="compressed sessions differ")
+        # Both kinds of session must be right beside each other's memory.
+        problem = problem or _compare(expected, _run_sessions(model, backend), model.tolerance)
+    except Exception as error:  # whatever a foreign family does, it can still be served exactly
+        if not isinstance(error, SwarmError):
+            logger.debug("the compressing backend failed its self-test", exc_info=True)
+        problem = str(error) if isinstance(error, SwarmError) else f"{type(error).__name__}: {error}"
+    if backend is None or problem:
+        logger.info("sessions of %s are not compressed: %s", model.architecture, problem)
+        backend = None  # the memory is wanted again
+        return ChosenBackend(RaggedBackend(model, memory_bytes=memory_bytes), True, "", problem)
+    return ChosenBackend(backend, True, "")
+
+
+def _run_sessions(model: SpanModel, backend: SpanBackend, *, compresses: bool = False) -> list[torch.Tensor]:
     """Prompts and a few decode steps of two sessions, the backend's own way; nothing is left behind."""
     generator = torch.Generator().manual_seed(0)
     outputs: list[torch.Tensor] = []
@@ -68,7 +111,9 @@ def _run_sessions(model: SpanModel, backend: SpanBackend) -> list[torch.Tensor]:
             start, count = (0, num_prompt_tokens) if step == 0 else (num_prompt_tokens + step - 1, 1)
             hidden = torch.randn(count, model.hidden_size, generator=generator)
             item = SequenceStep(0, 0, start, count)
-            works.append(StepWork((name, 1), model.span, [item], hidden, lambda output, error: None))
+            works.append(
+                StepWork((name, 1), model.span, [item], hidden, lambda output, error: None, compresses=compresses)
+            )
         for result in backend.run_steps(works):
             if isinstance(result, BaseException):
                 raise result
@@ -80,11 +125,16 @@ def _run_sessions(model: SpanModel, backend: SpanBackend) -> list[torch.Tensor]:
     return outputs
 
 
-def _compare(expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float) -> str:
+def _compare(
+    expected: list[torch.Tensor],
+    found: list[torch.Tensor],
+    tolerance: float,
+    what: str = "sessions packed into one batch differ",
+) -> str:
     """What is wrong with `found`, or nothing."""
     for left, right in zip(expected, found, strict=True):
         scale = max(float(left.abs().max()), 1e-6)
         error = float((left - right).abs().max()) / scale
         if not error <= tolerance:
-            return f"sessions packed into one batch differ by {error:.1e} from sessions run alone"
+            return f"{what} by {error:.1e} from sessions run alone"
     return ""

@@ -275,6 +275,9 @@ class Engine:
             chunk_multiple=self._config.chunk_multiple,
         )
         chosen = [jobs[share.index] for share in shares]
+        for job in chosen:
+            if job.work.compresses and job.stretches is None and self._backend.memory is not None:
+                job.stretches = self._backend.memory.find_stretches(job.work)
         parts = [jobs[share.index].part(share.num_tokens) for share in shares]
         num_run_before = self._backend.num_tokens_run
         try:

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from swarm.server.engine.step_cuts import Stretch, count_allowed
 from swarm.server.engine.work import StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -27,6 +29,8 @@ class StepJob:
     """[T, H] of each part that has run."""
     num_done: int = 0
     has_begun: bool = False
+    stretches: Sequence[Stretch] | None = None
+    """Where a compressed session's step may be cut, known once it comes to run; None: anywhere."""
     retry_at_s: float = float("-inf")
     """Not before this time, since there was no memory for it."""
 
@@ -36,11 +40,13 @@ class StepJob:
         return self.work.hidden.shape[0] - self.num_done
 
     def part(self, num_tokens: int) -> StepWork:
-        """The next `num_tokens` as a step of their own.
+        """The next `num_tokens`, or about as many where a step can not be cut there, as a step of their own.
 
         The first part names every sequence, so that all forks happen before anything grows.
         """
         work = self.work
+        if self.stretches is not None:
+            num_tokens = count_allowed(self.stretches, self.num_done, num_tokens)
         if not self.has_begun and num_tokens == work.hidden.shape[0]:
             return work
         items: list[SequenceStep] = []
@@ -49,9 +55,11 @@ class StepJob:
             skipped = min(max(self.num_done - first, 0), item.count)
             taken = min(max(self.num_done + num_tokens - first, 0), item.count) - skipped
             first += item.count
+            is_unfinished = item.is_unfinished or skipped + taken < item.count
             if not self.has_begun:
-                items.append(SequenceStep(item.sequence, item.parent, item.start, taken))
+                items.append(SequenceStep(item.sequence, item.parent, item.start, taken, is_unfinished))
             elif taken:
-                items.append(SequenceStep(item.sequence, item.sequence, item.start + skipped, taken))
+                start = item.start + skipped
+                items.append(SequenceStep(item.sequence, item.sequence, start, taken, is_unfinished))
         rows = work.hidden[self.num_done : self.num_done + num_tokens]
         return replace(work, sequences=items, hidden=rows)

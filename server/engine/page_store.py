@@ -49,14 +49,19 @@ class PageStore:
         page_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        row_values: int | None = None,
     ) -> None:
         """Take `memory_bytes` at once (on CPU the system backs only what is touched).
+
+        Args:
+            row_values: values of one token's slot where that is to be more than the layers need, so that what else
+                pages are cut into fits better.
 
         Raises BadInputError when not even one page per layer fits.
         """
         self.shapes = tuple(shapes)
         self.page_tokens = page_tokens
-        self.row_values = max(shape.values_per_token for shape in shapes)
+        self.row_values = max(row_values or 0, *(shape.values_per_token for shape in shapes))
         """Values of one token slot: layers share pages, so the largest layer sets the size."""
         self.page_bytes = page_tokens * self.row_values * dtype.itemsize
         num_pages = memory_bytes // self.page_bytes
@@ -86,6 +91,10 @@ class PageStore:
     def num_tokens_free(self) -> int:
         """Positions that still fit."""
         return self.pool.num_free // self.num_layers * self.page_tokens
+
+    def bytes_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """The memory of all pages as other values, [pages, values of that dtype in a page]; a view."""
+        return self._slab.view(self.pool.num_pages, -1).view(dtype)
 
     def new_table(self, num_layers: int) -> PageTable:
         """An empty table for a sequence in `num_layers` of the layers."""

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from swarm.errors import PeerBusyError, PeerFaultError
-from swarm.kvcache.page_table import pages_for
+from swarm.errors import BadInputError, PeerBusyError, PeerFaultError
+from swarm.kvcache.compressed_state import CompressedState
 from swarm.models.adapters.rows import NO_ADAPTER
+from swarm.server.engine.page_masks import CompressedPageMask, PlainPageMask, page_mask
+from swarm.server.engine.sequence_pages import HeldPages, SequencePages
 from swarm.server.engine.spilling import place_pages
 
 if TYPE_CHECKING:
@@ -39,16 +41,6 @@ class PageFormat:
     page_bytes: int
 
 
-@dataclass(frozen=True)
-class SequencePages:
-    """What one sequence holds."""
-
-    length: int
-    """Positions."""
-    pages: npt.NDArray[np.int64]
-    """[L, pages of the sequence], numbered from 0 within the transfer; sequences may share."""
-
-
 class PageExport:
     """Copies out what a session holds. Made anywhere, used on the engine thread; `release` ends it.
 
@@ -64,23 +56,22 @@ class PageExport:
         """[pages in host memory, values of a page], when the session is there."""
         self.pages: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         """Of the pool, or rows of what is in host memory; in the order of their numbers."""
-        self._num_filled: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        """Tokens of each page that are the session's."""
+        self._mask: PlainPageMask | CompressedPageMask | None = None
+        """What of each page is the session's."""
         self.holds_pages = False
 
-    def begin(self) -> Mapping[int, SequencePages]:
+    def begin(self) -> Mapping[int, HeldPages]:
         """What is to be copied, by sequence. Raises SessionStateError when the memory holds less than that."""
         held, saved = self._memory.held_pages(self._key, self._positions)
         if not held:
             return {}
-        places = [part.pages.ravel() for part in held.values()]
-        self.pages, numbers = np.unique(np.concatenate(places), return_inverse=True)
-        split = np.split(numbers, np.cumsum([len(part) for part in places])[:-1])
-        sequences = {
-            sequence: SequencePages(part.length, number.reshape(part.pages.shape))
-            for (sequence, part), number in zip(held.items(), split, strict=True)
+        self.pages = np.unique(np.concatenate([pages.ravel() for part in held.values() for pages in part.page_lists()]))
+        sequences: dict[int, HeldPages] = {
+            sequence: part.map_pages(lambda pages: np.searchsorted(self.pages, pages))
+            for sequence, part in held.items()
         }
-        self._num_filled = _tokens_of_pages(sequences.values(), len(self.pages), self._memory.store.page_tokens)
+        memory = self._memory
+        self._mask = page_mask(sequences.values(), len(self.pages), memory.store, memory.compressed)
         self._saved = saved
         if saved is None:
             self._memory.store.pool.share(self.pages)
@@ -98,10 +89,9 @@ class PageExport:
             contents = self._memory.store.save_pages(wanted)
         else:
             contents = self._saved[wanted]
-        page_tokens = self._memory.store.page_tokens
-        tokens = contents.view(len(wanted), page_tokens, -1)
-        for page, num_filled in enumerate(self._num_filled[first : first + count].tolist()):
-            tokens[page, num_filled:] = 0
+        assert self._mask is not None or not len(wanted)
+        if self._mask is not None:
+            self._mask.clear_others(contents, first)
         return contents
 
     def release(self) -> None:
@@ -125,12 +115,12 @@ class PageImport:
         memory: SessionMemory,
         key: SessionKey,
         span: Span,
-        sequences: Mapping[int, SequencePages],
+        sequences: Mapping[int, HeldPages],
         *,
         num_pages: int,
         adapter: AdapterHash = NO_ADAPTER,
     ) -> None:
-        """Every page from 0 to `num_pages` - 1 must be some sequence's."""
+        """Every page from 0 to `num_pages` - 1 must be some sequence's; all are exact, or all compressed."""
         self._memory = memory
         self._key = key
         self._span = span
@@ -149,7 +139,8 @@ class PageImport:
         self._memory.drop_unused_prefixes(self._num_pages)
         if self._num_pages > pool.num_free:
             raise PeerBusyError(f"{self._num_pages} pages of KV memory are wanted, {pool.num_free} are free here")
-        self.pages = place_pages(pool, [part.pages for part in self._sequences.values()], self._num_pages)
+        lists = [pages for part in self._sequences.values() for pages in part.page_lists()]
+        self.pages = place_pages(pool, lists, self._num_pages)
         self.holds_pages = True
         self._memory.transfers.append(self)
         self._memory.update_free()
@@ -159,13 +150,31 @@ class PageImport:
         self._memory.store.load_pages(self.pages[first : first + len(contents)], contents)
 
     def finish(self) -> None:
-        """Give the pages to a new session. Raises PeerFaultError when there is one of this name."""
+        """Give the pages to a new session.
+
+        Raises PeerFaultError when there is one of this name, BadInputError when what has come can not be.
+        """
         layouts = {
-            sequence: SequencePages(part.length, self.pages[part.pages]) for sequence, part in self._sequences.items()
+            sequence: part.map_pages(lambda pages: self.pages[pages]) for sequence, part in self._sequences.items()
         }
-        if not self._memory.add_session(self._key, self._span, layouts, adapter=self._adapter):
+        states = [part for part in layouts.values() if isinstance(part, CompressedState)]
+        for state in states:
+            self._check_positions(state)
+        if not self._memory.add_session(self._key, self._span, layouts, adapter=self._adapter, compresses=bool(states)):
             raise PeerFaultError("the engine holds this session already")
         self.abandon()  # the session's tables own the pages now
+
+    def _check_positions(self, state: CompressedState) -> None:
+        store = self._memory.compressed
+        if store is None or store.positions is None:
+            return
+        pages, tiles = np.divmod(state.used_tiles().astype(np.int64), store.layout.tiles_per_page)
+        _, positions, _ = store.read_tiles(state.tile_pages[pages], tiles)
+        assert positions is not None
+        if len(positions) and not (
+            store.layout.num_sinks <= int(positions.min()) <= int(positions.max()) < state.tail.stored_end
+        ):
+            raise BadInputError("a stored token has a position that it can not have")
 
     def abandon(self) -> None:
         """Let go of the pages; harmless when repeated, or when `begin` was never called."""
@@ -184,13 +193,3 @@ def page_format(store: PageStore) -> PageFormat:
         dtype=str(store.dtype).removeprefix("torch."),
         page_bytes=store.page_bytes,
     )
-
-
-def _tokens_of_pages(sequences: Iterable[SequencePages], num_pages: int, page_tokens: int) -> npt.NDArray[np.int64]:
-    """How many leading tokens of each page belong to a sequence: of those that share it, what the longest fills."""
-    num_filled = np.zeros(num_pages, dtype=np.int64)
-    for part in sequences:
-        num_columns = pages_for(part.length, page_tokens)
-        filled = np.minimum(part.length - np.arange(num_columns) * page_tokens, page_tokens)
-        np.maximum.at(num_filled, part.pages.ravel(), np.tile(filled, len(part.pages)))
-    return num_filled

@@ -14,9 +14,12 @@ import numpy.typing as npt
 import torch
 
 from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.kvpolicy.settings import FULL_CACHE
 from swarm.models.adapters.rows import adapters_for_rows
 from swarm.models.narrowed import narrow
 from swarm.server.engine.batched_decode import MAX_PADDED_TOKENS, make_groups
+from swarm.server.engine.compressed_attention import CompressedAttention, CompressedSlice
+from swarm.server.engine.compressed_sequence import Compression
 from swarm.server.engine.engine import NotNow
 from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.page_store import KVShape, PageStore
@@ -36,15 +39,31 @@ if TYPE_CHECKING:
     from swarm.datatypes import Span
     from swarm.models import SpanModel
     from swarm.models.narrowed import NarrowedSpan
+    from swarm.server.policy_layers import PolicyLayers
 
-__all__ = ["RaggedBackend", "probe_shapes"]
+__all__ = ["LayerProbe", "RaggedBackend", "probe_layers", "probe_shapes"]
 
 logger = logging.getLogger(__name__)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
+@dataclass(frozen=True)
+class LayerProbe:
+    """What the attention of one layer was given."""
+
+    shape: KVShape
+    window: int
+    """Positions a query sees; 0 for all."""
+    scaling: float
+
+
 def probe_shapes(model: SpanModel) -> list[KVShape]:
-    """What each layer of a span stores per token, from one pass over two zero tokens.
+    """What each layer of a span stores per token; see `probe_layers`."""
+    return [layer.shape for layer in probe_layers(model)]
+
+
+def probe_layers(model: SpanModel) -> list[LayerProbe]:
+    """What the layers of a span are like, from one pass over two zero tokens.
 
     The model's attention must be ATTENTION_NAME. Raises KeyError when a layer never came to our attention,
     UnsupportedModelError when it sees other positions than its type says: a self-test is too short to notice.
@@ -63,7 +82,10 @@ def probe_shapes(model: SpanModel) -> list[KVShape]:
                 f"{model.architecture} has a block of type {kind} whose attention function is given a window of "
                 f"{probe.windows[layer]} (0 is none)"
             )
-    return [probe.shapes[layer] for layer in range(model.num_layers)]
+    return [
+        LayerProbe(probe.shapes[layer], probe.windows[layer], probe.scalings[layer])
+        for layer in range(model.num_layers)
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,30 +121,77 @@ class _Prepared:
 class RaggedBackend:
     """A span and a page store; sessions join and leave between steps at no cost."""
 
-    def __init__(self, model: SpanModel, *, memory_bytes: int, config: MemoryConfig | None = None) -> None:
-        """Raises UnsupportedModelError when the family does not let its attention be replaced."""
+    def __init__(
+        self,
+        model: SpanModel,
+        *,
+        memory_bytes: int,
+        config: MemoryConfig | None = None,
+        policy_layers: PolicyLayers | None = None,
+        allows_kernel: bool = True,
+    ) -> None:
+        """Raises UnsupportedModelError when the family does not let its attention be replaced, or be compressed.
+
+        Args:
+            policy_layers: the policy of sessions that compress; None for none.
+            allows_kernel: whether compiled code may attend over compressed sequences.
+        """
         config = config or MemoryConfig()
         register()
         model.set_attention(ATTENTION_NAME)
         self._model = model
+        layers = probe_layers(model)
         self.store = PageStore(
-            probe_shapes(model),
+            [layer.shape for layer in layers],
             memory_bytes=memory_bytes,
             page_tokens=config.page_tokens,
             dtype=model.dtype,
             device=model.device,
+            row_values=policy_layers.row_values if policy_layers is not None else None,
         )
-        self.memory = SessionMemory(self.store, config)
+        self.policy_layers = policy_layers
+        """How sessions are compressed; None where none is."""
+        self.policy = policy_layers.policy if policy_layers is not None else FULL_CACHE
+        """Of sessions that compress; the others are exact."""
+        self._attention: CompressedAttention | None = None
+        self._compression: Compression | None = None
+        if policy_layers is not None:
+            self._compress_by(policy_layers, [layer.scaling for layer in layers], allows_kernel=allows_kernel)
+        self.memory = SessionMemory(self.store, config, compression=self._compression)
         self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
         self.attends_in_groups = model.device.type != "cpu"
         """Whether decoding sequences share padded attention calls; see batched_decode.py."""
         self.num_tokens_run = 0
         """Tokens that were computed since start; what was known is not among them."""
 
+    def _compress_by(self, policy_layers: PolicyLayers, scalings: Sequence[float], *, allows_kernel: bool) -> None:
+        """Have what sessions under a policy need."""
+        # Only here: what it loads is of no use to servers that keep everything.
+        from swarm.server.engine.compressed_store import CompressedStore
+        from swarm.server.engine.compression import Compressor
+        from swarm.server.engine.token_scores import attach_scorers
+
+        settings = policy_layers.settings
+        store = CompressedStore(
+            self.store,
+            policy=policy_layers.policy,
+            row_bytes=settings[0].codec.row_bytes,
+            position_bytes=policy_layers.position_bytes,
+            has_scores=policy_layers.has_scores,
+        )
+        attach_scorers(self._model.blocks, settings)
+        self._attention = CompressedAttention(store, settings, allows_kernel=allows_kernel)
+        self._compression = Compression(
+            store=store,
+            events=Compressor(store, settings, scalings),
+            first_block=self._model.span.start,
+            bytes_per_token=policy_layers.footprint.bytes_per_token,
+        )
+
     @property
     def num_tokens_total(self) -> int:
-        """Positions that fit when the server is idle."""
-        return self.store.num_tokens_total
+        """Positions that fit when the server is idle, under its policy."""
+        return self.memory.num_tokens_total
 
     @property
     def num_tokens_free(self) -> int:
@@ -192,10 +261,22 @@ class RaggedBackend:
                 results.append(BadInputError("the step's outputs are not finite; its inputs were bad or overflow"))
                 continue
             output = prepared.complete(part)
-            self.memory.record(prepared.work, prepared.items, output)
             self.num_tokens_run += len(part)
-            results.append(output)
+            results.append(self._finish(prepared, output))
         return results
+
+    def _finish(self, prepared: _Prepared, output: torch.Tensor) -> torch.Tensor | BaseException:
+        """Remember what a step gave, compress what ends with it; its output, or what went wrong."""
+        try:
+            self.memory.record(prepared.work, prepared.items, output)
+            for part in prepared.items:
+                sequence, plan = part.compressed, part.plan
+                if self._compression is not None and sequence is not None and plan is not None and plan.ends_staging:
+                    self._compression.events.finish(sequence, plan)
+        except Exception as error:  # the error is that session's own: the others go on
+            logger.warning("a session could not be compressed: %s", error, exc_info=True)
+            return error
+        return output
 
     @torch.inference_mode()
     def _run_packed(self, span: Span, batch: Sequence[_Prepared], rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -213,12 +294,16 @@ class RaggedBackend:
                 packed = model(hidden.unsqueeze(0), positions)
         finally:
             current_plan.reset(token)
+        if plan.compressed is not None:
+            plan.compressed.keep(plan.scores or {}, plan.first_layer)
         return packed.squeeze(0).cpu()
 
     def _plan(self, span: Span, batch: Sequence[_Prepared]) -> tuple[StepPlan, torch.Tensor]:
         """Where keys and values go and come from, and the positions [1, T]."""
         slices: list[SequenceSlice] = []
-        slots: list[npt.NDArray[np.int64]] = []
+        compressed: list[CompressedSlice] = []
+        slots: list[npt.NDArray[np.int64]] = [np.zeros((len(span), 0), dtype=np.int64)]
+        paged_rows: list[npt.NDArray[np.int64]] = []
         positions: list[npt.NDArray[np.int64]] = []
         row = 0
         for prepared in batch:
@@ -226,22 +311,39 @@ class RaggedBackend:
                 start, end = part.item.start + part.num_known, part.item.start + part.item.count
                 if start == end:
                     continue
-                slices.append(SequenceSlice(row, row + end - start, start, part.table))
-                slots.append(part.table.slots(start, end))
+                rows = range(row, row + end - start)
+                row = rows.stop
                 positions.append(np.arange(start, end))
-                row += end - start
+                if part.compressed is not None and part.plan is not None:
+                    compressed.append(CompressedSlice(rows.start, rows.stop, part.plan, part.compressed))
+                    if not part.plan.is_staged:
+                        continue
+                    staged_start = part.compressed.table.staged_start
+                    slots.append(part.table.slots(start - staged_start, end - staged_start))
+                else:
+                    slices.append(SequenceSlice(rows.start, rows.stop, start, part.table))
+                    slots.append(part.table.slots(start, end))
+                paged_rows.append(np.asarray(rows))
         device = self._model.device
         plan = StepPlan(
             store=self.store,
             slices=slices,
             slots=torch.from_numpy(np.concatenate(slots, axis=1)).to(device),
             first_layer=span.start - self._model.span.start,
+            positions=torch.from_numpy(np.concatenate(positions)).to(device),
         )
+        if compressed and self._attention is not None:
+            plan.compressed = self._attention.plan(compressed)
+            plan.scores = {} if self._attention.store.has_scores else None
+            if plan.slots.shape[1] < row:
+                every = np.concatenate([*paged_rows, np.zeros(0, dtype=np.int64)])
+                plan.paged_rows = torch.from_numpy(every).to(device)
         if self.attends_in_groups:
             plan.groups = make_groups(
                 slices, page_tokens=self.store.page_tokens, device=device, max_padded_tokens=MAX_PADDED_TOKENS
             )
-        return plan, torch.from_numpy(np.concatenate(positions)).to(device).unsqueeze(0)
+        assert plan.positions is not None
+        return plan, plan.positions.unsqueeze(0)
 
     def run_stateless(self, work: ForwardWork | BackwardWork) -> torch.Tensor:
         """Whole sequences without pages: outputs, or the gradient of the inputs, [T, H]."""

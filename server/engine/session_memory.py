@@ -1,87 +1,38 @@
-"""Who holds which pages: sessions' sequences, shared prefixes, and what was moved out to make room."""
+"""What sessions hold in KV memory: brought to each step's start, given pages, shared, copied and given back."""
 
 # Letters: T tokens of a step, H hidden size.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.errors import PeerBusyError, SessionStateError
-from swarm.kvcache.page_table import PageTable, pages_for
+from swarm.errors import BadInputError, SessionStateError
+from swarm.kvcache.compressed_checks import drop_idle_pages
+from swarm.kvcache.compressed_state import CompressedState
+from swarm.kvcache.page_table import PageTable
+from swarm.kvpolicy.streaming import settle
+from swarm.server.engine.compressed_sequence import CompressedSequence, Compression
 from swarm.server.engine.engine import NotNow
+from swarm.server.engine.held_session import HeldSession, PlainSequence
 from swarm.server.engine.kv_usage import KVUsage, measure_usage
+from swarm.server.engine.memory_room import MemoryConfig, MemoryRoom
 from swarm.server.engine.page_store import PageStore
-from swarm.server.engine.page_transfer import PageExport, PageImport, SequencePages
-from swarm.server.engine.prefix_sharing import PrefixSharing, Trail
-from swarm.server.engine.spilling import SpilledPages, count_pages, restore_pages, spill_pages
+from swarm.server.engine.step_cuts import Stretch, find_stretches
 from swarm.server.engine.work import SessionKey, StepWork
 from swarm.server.session_mirror import SequenceStep
 
 if TYPE_CHECKING:
     from swarm.datatypes import AdapterHash, Span
+    from swarm.kvcache.compressed_table import PartPlan
+    from swarm.server.engine.compressed_store import CompressedStore
+    from swarm.server.engine.sequence_pages import HeldPages
 
 __all__ = ["MemoryConfig", "PreparedItem", "SessionMemory"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """How a page store is shared out."""
-
-    page_tokens: int = 16
-    """Tokens of a page; half of one per sequence and layer is wasted on average."""
-    prefix_memory_bytes: int = 128 * 2**20
-    """Host memory for outputs of shared prefixes; 0 shares nothing."""
-    spill_memory_bytes: int = 2**30
-    """Host memory for sessions that make room for others."""
-    idle_after_s: float = 3.0
-    """A session without work for this long makes room before those that are busy."""
-    close_after_s: float = 600.0
-    """A session without work for this long is closed when host memory is full too; its client replays it."""
-
-    def __post_init__(self) -> None:
-        if self.page_tokens < 1:
-            raise ValueError(f"MemoryConfig.page_tokens is {self.page_tokens}; give 1 or more")
-        for name in ("prefix_memory_bytes", "spill_memory_bytes", "idle_after_s", "close_after_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"MemoryConfig.{name} must not be negative")
-
-
-@dataclass
-class _Sequence:
-    table: PageTable
-    trail: Trail
-
-
-@dataclass
-class _Session:
-    key: SessionKey
-    span: Span
-    number: int
-    """Rises with every session: who came first makes room last."""
-    adapter: AdapterHash
-    """What it computes with besides the blocks: its pages are of no use to sessions with another one."""
-    sequences: dict[int, _Sequence] = field(default_factory=dict)
-    last_used_s: float = 0.0
-    has_forked: bool = False
-    """The forks of the step at hand are made; it waits for room."""
-    spilled: SpilledPages | None = None
-    """What the sequences hold while the session is in host memory; their tables are empty then."""
-
-    @property
-    def tables(self) -> dict[int, PageTable]:
-        return {number: held.table for number, held in self.sequences.items()}
-
-    @property
-    def holds_pages(self) -> bool:
-        return any(held.table.num_pages for held in self.sequences.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,70 +41,87 @@ class PreparedItem:
 
     item: SequenceStep
     table: PageTable
-    known_outputs: Sequence[torch.Tensor]
+    """Of an exact sequence; of a compressed one, what is staged: position 0 is the first staged token."""
+    known_outputs: Sequence[torch.Tensor] = ()
     """Outputs [page_tokens, H] of leading pages that were found in the index and need not run."""
-    num_known: int
+    num_known: int = 0
+    compressed: CompressedSequence | None = None
+    plan: PartPlan | None = None
+    """What the part means for a compressed sequence."""
 
 
-class SessionMemory:
+class SessionMemory(MemoryRoom):
     """Owns the pages of a store; lives on the engine thread."""
 
-    def __init__(self, store: PageStore, config: MemoryConfig, *, now_s: Callable[[], float] = time.monotonic) -> None:
-        self.store = store
-        self._config = config
-        self._now_s = now_s
-        self._sessions: dict[SessionKey, _Session] = {}
+    def __init__(
+        self,
+        store: PageStore,
+        config: MemoryConfig,
+        *,
+        compression: Compression | None = None,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without `compression` all sessions are exact."""
+        super().__init__(store, config, now_s=now_s)
+        self._compression = compression
         self._num_created = 0
-        self.transfers: list[PageExport | PageImport] = []
-        """Transfers that hold pages of their own."""
-        self._prefixes = PrefixSharing(store, max_bytes=config.prefix_memory_bytes)
-        self.spilled_bytes = 0
-        self.num_spills = 0
-        self.num_closed = 0
-        """Sessions that were closed to make room."""
-        self._away: set[SessionKey] = set()
-        """Sessions whose clients are: they may never come back, so these make room first."""
-        self._lost: set[SessionKey] = set()
-        """Sessions closed to make room that nobody has asked to forget; other threads may look into it."""
         self.num_tokens_shared = 0
         """Tokens that were found in the index instead of being run."""
         self.usage = KVUsage(total_bytes=store.pool.num_pages * store.page_bytes)
         """After the last engine step; other threads may read it."""
-        self.num_tokens_free = store.num_tokens_free
-        """Positions that fit, counting pages that only the index holds; other threads may read it."""
+        self.num_tokens_total = self._tokens_in(store.pool.num_pages)
+        """Positions that fit when nothing is held: of compressed sequences of usual length where the server has a
+        policy, else exact ones."""
+        self.num_tokens_free = self.num_tokens_total
+        """Positions that still fit, counting pages that only the index holds; other threads may read it."""
 
     @property
-    def num_sessions(self) -> int:
-        return len(self._sessions)
+    def compressed(self) -> CompressedStore | None:
+        """What compressed sequences are read and written by; None when all sessions are exact."""
+        return self._compression.store if self._compression is not None else None
+
+    def _tokens_in(self, num_pages: int) -> int:
+        if self._compression is not None:
+            return num_pages * self.store.page_bytes // self._compression.bytes_per_token
+        return num_pages // self.store.num_layers * self._config.page_tokens
 
     # -- transfers -----------------------------------------------------------------------------
 
-    def held_pages(
-        self, key: SessionKey, positions: Sequence[int]
-    ) -> tuple[dict[int, SequencePages], torch.Tensor | None]:
+    def held_pages(self, key: SessionKey, positions: Sequence[int]) -> tuple[dict[int, HeldPages], torch.Tensor | None]:
         """Where the first `positions` of each sequence are, by sequence: pages of the pool, or rows of the tensor.
 
         The tensor is [pages, values of a page] in host memory, None while the session is not there. Sequences that
-        are to hold nothing are left out. Raises SessionStateError when less is held.
+        are to hold nothing are left out. Raises SessionStateError when less is held, or when a compressed sequence
+        can not go back to there; inside an input it can not be taken elsewhere at all.
         """
         session = self._sessions.get(key)
         spilled = session.spilled if session is not None else None
-        held: dict[int, SequencePages] = {}
+        found: dict[int, HeldPages] = {}
         for sequence, length in enumerate(positions):
             if not length:
                 continue
             if session is None or sequence not in session.sequences:
                 raise SessionStateError(f"sequence {sequence} of the session is not held any more")
-            table = session.sequences[sequence].table
-            num_held = table.length if spilled is None else spilled.lengths[sequence]
+            held = session.sequences[sequence]
+            layout = spilled.layouts[sequence] if spilled is not None else None
+            num_held = held.length if layout is None else layout.length
             if num_held < length:
                 raise SessionStateError(f"sequence {sequence} of the session holds {num_held} positions, not {length}")
-            pages = table.pages if spilled is None else spilled.layouts[sequence]
-            held[sequence] = SequencePages(length, pages[:, : pages_for(length, self._config.page_tokens)].copy())
-        return held, spilled.contents if spilled is not None else None
+            if isinstance(held, PlainSequence):
+                found[sequence] = held.pages_up_to(length, layout)
+            else:
+                state = layout if isinstance(layout, CompressedState) else held.table.state()
+                found[sequence] = _state_at(state, length, held, sequence)
+        return found, spilled.contents if spilled is not None else None
 
     def add_session(
-        self, key: SessionKey, span: Span, sequences: Mapping[int, SequencePages], *, adapter: AdapterHash
+        self,
+        key: SessionKey,
+        span: Span,
+        sequences: Mapping[int, HeldPages],
+        *,
+        adapter: AdapterHash,
+        compresses: bool = False,
     ) -> bool:
         """A session that holds these pages of the pool, too; False, and nothing is done, when there is one.
 
@@ -162,29 +130,13 @@ class SessionMemory:
         """
         if key in self._sessions:
             return False
-        self._num_created += 1
-        session = self._sessions[key] = _Session(key, span, self._num_created, adapter)
-        session.last_used_s = self._now_s()
+        session = self._new_session(key, span, adapter, compresses=compresses)
         for sequence, part in sequences.items():
             held = session.sequences[sequence] = self._new_sequence(session)
-            held.table.adopt(part.pages, part.length)
-            held.trail.give_up()
+            held.put_back(part)
+            if isinstance(held, PlainSequence):
+                held.trail.give_up()
         return True
-
-    def drop_unused_prefixes(self, num_pages: int) -> None:
-        """Have `num_pages` free, as far as giving up prefixes that no session uses can bring that about."""
-        self._prefixes.reclaim(num_pages - self.store.pool.num_free)
-
-    def has_lost(self, key: SessionKey) -> bool:
-        """Whether a session was closed to make room; other threads may ask."""
-        return key in self._lost
-
-    def set_away(self, key: SessionKey, is_away: bool) -> None:
-        """Whether a session's client is away: it then makes room before all others."""
-        if is_away:
-            self._away.add(key)
-        else:
-            self._away.discard(key)
 
     def drop_step(self, key: SessionKey) -> None:
         """A step that `prepare` was asked for will not be asked for again."""
@@ -192,10 +144,29 @@ class SessionMemory:
         if session is not None:
             session.has_forked = False
 
+    def find_stretches(self, work: StepWork) -> list[Stretch] | None:
+        """Where a step that has not begun may be cut into parts; None for anywhere."""
+        compressed, session = self.compressed, self._sessions.get(work.session)
+        if compressed is None or not work.compresses:
+            return None
+
+        def goes_on(sequence: int, start: int) -> bool:
+            held = session.sequences.get(sequence) if session is not None else None
+            if session is None or not isinstance(held, CompressedSequence):
+                return False
+            layout = session.spilled.layouts[sequence] if session.spilled is not None else None
+            state = layout if isinstance(layout, CompressedState) else held.table
+            return state.tail.is_staging and state.length == start
+
+        return find_stretches(compressed.policy, work.sequences, goes_on)
+
     # -- before a step -------------------------------------------------------------------------
 
     def prepare(self, work: StepWork, *, protected: Collection[SessionKey]) -> list[PreparedItem] | NotNow:
         """Bring every named sequence to its start, find what is known of the new tokens, take pages for the rest.
+
+        Compressed sequences also do the event that was due at their start, and take pages in reserve for the one at
+        the part's end.
 
         `work.hidden` is on the host, in the model's dtype. `protected` are sessions of the same batch, which make
         no room. Raises PeerBusyError when the step could never fit, SessionStateError when it continues what is
@@ -203,81 +174,149 @@ class SessionMemory:
         """
         session = self._sessions.get(work.session)
         if session is None:
-            self._num_created += 1
-            session = _Session(work.session, work.span, self._num_created, work.adapter)
-            self._sessions[work.session] = session
+            session = self._new_session(work.session, work.span, work.adapter, compresses=work.compresses)
         session.last_used_s = self._now_s()
         if session.spilled is not None and not self._restore(session, session.spilled, protected):
             return NotNow("the session's pages are in host memory and there is no room for them yet")
         if not session.has_forked:
             self._fork(session, work.sequences)
             session.has_forked = True
-        known = self._rewind_and_match(session, work)
-        wanted = sum(
-            session.sequences[item.sequence].table.pages_wanted(item.start + item.count) for item in work.sequences
-        )
-        if wanted > self.store.pool.num_free and not self._make_room(wanted, session, protected):
-            self._check_others(session, wanted)
-            return NotNow("the KV memory is full")
-        prepared: list[PreparedItem] = []
-        for item, outputs in zip(work.sequences, known, strict=True):
-            table = session.sequences[item.sequence].table
-            self.store.copy_pages(table.grow(item.start + item.count))
-            prepared.append(PreparedItem(item, table, outputs, len(outputs) * self._config.page_tokens))
-        session.has_forked = False
+        for item in work.sequences:
+            session.sequences[item.sequence].drop_reserve()
+            self._rewind(session, item)
+        if session.compresses:
+            prepared = self._prepare_compressed(session, work.sequences, protected)
+        else:
+            prepared = self._prepare_plain(session, work, protected)
+        if not isinstance(prepared, NotNow):
+            session.has_forked = False
         return prepared
 
-    def _new_sequence(self, session: _Session) -> _Sequence:
-        trail = self._prefixes.new_trail(session.span, session.adapter)
-        return _Sequence(self.store.new_table(len(session.span)), trail)
+    def _new_session(self, key: SessionKey, span: Span, adapter: AdapterHash, *, compresses: bool) -> HeldSession:
+        if compresses and self._compression is None:
+            raise BadInputError("this server keeps every token exactly; open the session without a KV policy")
+        self._num_created += 1
+        session = self._sessions[key] = HeldSession(key, span, self._num_created, adapter, compresses)
+        session.last_used_s = self._now_s()
+        return session
 
-    def _fork(self, session: _Session, items: Sequence[SequenceStep]) -> None:
+    def _new_sequence(self, session: HeldSession) -> PlainSequence | CompressedSequence:
+        if session.compresses:
+            assert self._compression is not None
+            return self._compression.new_sequence(session.span)
+        trail = self._prefixes.new_trail(session.span, session.adapter)
+        table = self.store.new_table(len(session.span))
+        return PlainSequence(table, trail, page_tokens=self.store.page_tokens)
+
+    def _fork(self, session: HeldSession, items: Sequence[SequenceStep]) -> None:
         """Make all forks of a step, reading every parent before any sequence changes."""
         for item in items:
             parent = session.sequences.get(item.parent)
-            held = parent.table.length if parent is not None else 0
+            held = parent.length if parent is not None else 0
             if item.start > held:
                 raise SessionStateError(
                     f"sequence {item.parent} holds {held} positions here, not {item.start}; send the session again"
                 )
-        forks: dict[int, _Sequence] = {}
+            if parent is not None:
+                _check_rewind(parent, item.parent, item.start)
+        forks: dict[int, PlainSequence | CompressedSequence] = {}
         for item in items:
             parent = session.sequences.get(item.parent)
             if parent is not None and item.parent != item.sequence:
-                trail = parent.trail.copy()
-                trail.rewind(item.start)
-                forks[item.sequence] = _Sequence(parent.table.fork(item.start), trail)
+                forks[item.sequence] = parent.fork(item.start)
         for item in items:
             replaced = session.sequences.get(item.sequence)
             if item.sequence in forks:
                 session.sequences[item.sequence] = forks[item.sequence]
                 if replaced is not None:
-                    replaced.table.free()
+                    replaced.free()
             elif replaced is None:
                 session.sequences[item.sequence] = self._new_sequence(session)
 
-    def _rewind_and_match(self, session: _Session, work: StepWork) -> list[list[torch.Tensor]]:
-        """Outputs of leading pages that are in the index, per named sequence; those pages are adopted."""
-        known: list[list[torch.Tensor]] = []
+    def _rewind(self, session: HeldSession, item: SequenceStep) -> None:
+        held = session.sequences[item.sequence]
+        _check_rewind(held, item.sequence, item.start)
+        held.rewind(item.start)
+
+    # -- exact sequences -----------------------------------------------------------------------
+
+    def _prepare_plain(
+        self, session: HeldSession, work: StepWork, protected: Collection[SessionKey]
+    ) -> list[PreparedItem] | NotNow:
+        """Pages for sequences that stand at their starts; those of known leading tokens are adopted."""
+        parts: list[tuple[SequenceStep, PageTable, list[torch.Tensor]]] = []
         row = 0
         for item in work.sequences:
             held = session.sequences[item.sequence]
-            held.table.rewind(item.start)
-            held.trail.rewind(item.start)
-            known.append(self._prefixes.match(held.table, held.trail, work.hidden[row : row + item.count]))
+            assert isinstance(held, PlainSequence)
+            known = self._prefixes.match(held.table, held.trail, work.hidden[row : row + item.count])
+            parts.append((item, held.table, known))
             row += item.count
-        return known
+        wanted = sum(table.pages_wanted(item.start + item.count) for item, table, _ in parts)
+        if not self._have_room(wanted, session, protected):
+            return NotNow("the KV memory is full")
+        prepared: list[PreparedItem] = []
+        for item, table, known in parts:
+            self.store.copy_pages(table.grow(item.start + item.count))
+            prepared.append(PreparedItem(item, table, known, len(known) * self._config.page_tokens))
+        return prepared
 
-    def _check_others(self, session: _Session, num_pages: int) -> None:
-        """Waiting helps only while somebody else holds pages."""
-        if not self.transfers and not any(
-            other.holds_pages for other in self._sessions.values() if other is not session
-        ):
-            pool = self.store.pool
-            raise PeerBusyError(
-                f"the step needs {num_pages} more pages of KV memory, and its own session holds all but "
-                f"{pool.num_free} of the {pool.num_pages} here; use a shorter context or a server with more KV memory"
-            )
+    def _have_room(
+        self, num_pages: int, session: HeldSession, protected: Collection[SessionKey], purpose: str = ""
+    ) -> bool:
+        """Have `num_pages` free. Raises PeerBusyError when waiting would not help."""
+        if num_pages <= self.store.pool.num_free or self._make_room(num_pages, session, protected):
+            return True
+        self._check_others(session, num_pages, purpose)
+        return False
+
+    # -- compressed sequences ------------------------------------------------------------------
+
+    def _prepare_compressed(
+        self, session: HeldSession, items: Sequence[SequenceStep], protected: Collection[SessionKey]
+    ) -> list[PreparedItem] | NotNow:
+        """The same under the server's policy."""
+        assert self._compression is not None
+        store, events = self.store, self._compression.events
+        parts: list[tuple[SequenceStep, CompressedSequence]] = []
+        for item in items:
+            held = session.sequences[item.sequence]
+            assert isinstance(held, CompressedSequence)
+            parts.append((item, held))
+            if item.count and not self._settle(session, held, item.start, protected):
+                return NotNow("the KV memory is full")
+        plans = [held.table.plan(item.start, item.count, is_unfinished=item.is_unfinished) for item, held in parts]
+        wanted = []
+        for (_, held), plan in zip(parts, plans, strict=True):
+            num_new_tiles = events.max_new_tiles(held, plan.end) if plan.ends_staging else 0
+            wanted.append(held.table.pages_wanted(plan, num_new_tiles))
+        purpose = ", to read its input into before it is compressed" if any(plan.is_staged for plan in plans) else ""
+        if not self._have_room(sum(wanted), session, protected, purpose):
+            return NotNow("the KV memory is full")
+        prepared: list[PreparedItem] = []
+        for (item, held), plan, num_pages in zip(parts, plans, wanted, strict=True):
+            held.table.reserve(num_pages)
+            store.copy_pages(held.table.grow(plan))
+            if not plan.ends_staging:
+                held.drop_reserve()
+            prepared.append(PreparedItem(item, held.table.staged, compressed=held, plan=plan))
+        return prepared
+
+    def _settle(
+        self, session: HeldSession, held: CompressedSequence, start: int, protected: Collection[SessionKey]
+    ) -> bool:
+        """Do the event that is due before a step from `start` on; False when there is no room for it."""
+        assert self._compression is not None
+        table, events = held.table, self._compression.events
+        if settle(table.policy, table.tail, start) == table.tail:
+            return True
+        wanted = table.event_pages_wanted(events.max_new_tiles(held, start))
+        if not self._have_room(wanted, session, protected):
+            return False
+        table.reserve(wanted)
+        events.settle(held, start)
+        held.drop_reserve()
+        return True
 
     # -- after a step --------------------------------------------------------------------------
 
@@ -290,27 +329,19 @@ class SessionMemory:
             held = session.sequences[part.item.sequence]
             new = slice(row + part.num_known, row + part.item.count)
             start = part.item.start + part.num_known
-            self._prefixes.record(held.table, held.trail, start, work.hidden[new], outputs[new])
+            if isinstance(held, PlainSequence):
+                self._prefixes.record(held.table, held.trail, start, work.hidden[new], outputs[new])
             row += part.item.count
-
-    def forget(self, key: SessionKey) -> None:
-        """Give a session's pages back; harmless when there are none."""
-        self._lost.discard(key)
-        self._away.discard(key)
-        session = self._sessions.pop(key, None)
-        if session is None:
-            return
-        for held in session.sequences.values():
-            held.table.free()
-        self._drop_spilled(session)
 
     def update_free(self) -> None:
         """Recount what is free and used; called after each engine step."""
         pool = self.store.pool
         num_free = pool.num_free + pool.num_reclaimable
-        self.num_tokens_free = num_free // self.store.num_layers * self._config.page_tokens
+        self.num_tokens_free = self._tokens_in(num_free)
+        sequences = [held for session in self._sessions.values() for held in session.sequences.values()]
         self.usage = measure_usage(
-            [held.table for session in self._sessions.values() for held in session.sequences.values()],
+            [held.table for held in sequences if isinstance(held, PlainSequence)],
+            [held.table for held in sequences if isinstance(held, CompressedSequence)],
             num_pages_total=pool.num_pages,
             num_pages_used=pool.num_pages - num_free,
             page_tokens=self._config.page_tokens,
@@ -319,120 +350,35 @@ class SessionMemory:
             num_spills=self.num_spills,
         )
 
-    # -- room ----------------------------------------------------------------------------------
-
-    def _idle_s(self, session: _Session) -> float:
-        return self._now_s() - session.last_used_s
-
-    def _make_room(self, num_pages: int, session: _Session, protected: Collection[SessionKey]) -> bool:
-        """Have `num_pages` free: first prefixes nobody uses go, then idle sessions, then younger ones.
-
-        They go to host memory. When that is full, sessions idle for long are closed; and so that not everybody
-        waits for everybody, the longest-standing busy session may close what else is in its way.
-        """
-        pool = self.store.pool
-        self._prefixes.reclaim(num_pages - pool.num_free)
-        victims = self._victims(session, protected) if pool.num_free < num_pages else []
-        unmoved: list[_Session] = []
-        for victim in victims:
-            if self._spill(victim):
-                self._prefixes.reclaim(num_pages - pool.num_free)
-            else:
-                unmoved.append(victim)
-            if pool.num_free >= num_pages:
-                break
-        for victim in unmoved:
-            if pool.num_free >= num_pages:
-                break
-            if self._may_close(victim) or self._is_first(session):
-                self._close(victim)
-                self._prefixes.reclaim(num_pages - pool.num_free)
-        return pool.num_free >= num_pages
-
-    def _may_close(self, session: _Session) -> bool:
-        """Whether a session may be closed so that somebody else has room: nobody waits for the dead."""
-        return session.key in self._away or self._idle_s(session) > self._config.close_after_s
-
-    def _victims(self, session: _Session, protected: Collection[SessionKey]) -> list[_Session]:
-        """Sessions that may make room: those of absent clients, idle ones, then those younger than `session`.
-
-        Of the first two, longest idle first.
-        """
-        idle: list[_Session] = []
-        busy: list[_Session] = []
-        for other in self._sessions.values():
-            if other is session or other.key in protected or not other.holds_pages:
-                continue
-            if other.key in self._away or self._idle_s(other) > self._config.idle_after_s:
-                idle.append(other)
-            elif other.number > session.number:
-                busy.append(other)
-        idle.sort(key=lambda other: (other.key not in self._away, other.last_used_s))
-        busy.sort(key=lambda other: -other.number)
-        return idle + busy
-
-    def _is_first(self, session: _Session) -> bool:
-        """Whether no busy session came before this one."""
-        return not any(
-            other.number < session.number
-            and other.key not in self._away
-            and self._idle_s(other) <= self._config.idle_after_s
-            for other in self._sessions.values()
-        )
-
-    def _spill(self, session: _Session) -> bool:
-        """Move a session's pages to host memory; False when that is full."""
-        size_bytes = count_pages(session.tables) * self.store.page_bytes
-        if size_bytes > self._config.spill_memory_bytes:
-            return False
-        if self.spilled_bytes + size_bytes > self._config.spill_memory_bytes:
-            self._close_spilled(self.spilled_bytes + size_bytes - self._config.spill_memory_bytes)
-            if self.spilled_bytes + size_bytes > self._config.spill_memory_bytes:
-                return False
-        session.spilled = spill_pages(self.store, session.tables)
-        self.spilled_bytes += session.spilled.size_bytes
-        self.num_spills += 1
-        logger.info("session %s moved to host memory, %d bytes", session.key[0].hex()[:8], size_bytes)
-        return True
-
-    def _close_spilled(self, num_bytes: int) -> None:
-        """Free `num_bytes` of host memory, or as much as there is, by closing sessions idle for long or away."""
-        old = [
-            session for session in self._sessions.values() if session.spilled is not None and self._may_close(session)
-        ]
-        goal_bytes = self.spilled_bytes - num_bytes
-        for session in sorted(old, key=lambda session: (session.key not in self._away, session.last_used_s)):
-            if self.spilled_bytes <= goal_bytes:
-                break
-            self._close(session)
-
-    def _close(self, session: _Session) -> None:
-        """Drop a session: its next step is answered with SessionStateError, and the client replays."""
-        logger.warning("session %s closed to make room", session.key[0].hex()[:8])
-        self.num_closed += 1
-        self.forget(session.key)
-        self._lost.add(session.key)
-
-    def _restore(self, session: _Session, spilled: SpilledPages, protected: Collection[SessionKey]) -> bool:
-        """Move a session's pages back; False when there is no room."""
-        if not self._make_room(spilled.num_pages, session, protected):
-            self._check_others(session, spilled.num_pages)
-            return False
-        restore_pages(self.store, spilled, session.tables)
-        self._drop_spilled(session)
-        return True
-
-    def _drop_spilled(self, session: _Session) -> None:
-        if session.spilled is not None:
-            self.spilled_bytes -= session.spilled.size_bytes
-            session.spilled = None
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page has exactly the owners it should have."""
         sessions = self._sessions.values()
-        owners = [held.table.owned_pages() for session in sessions for held in session.sequences.values()]
+        sequences = [held for session in sessions for held in session.sequences.values()]
+        owners = [held.owned_pages() for held in sequences]
         owners += [transfer.pages for transfer in self.transfers]
         self.store.pool.check_integrity(owners, self._prefixes.kept_pages())
+        for held in sequences:
+            if isinstance(held, CompressedSequence):
+                held.table.check_integrity()
         spilled = [session.spilled for session in sessions if session.spilled is not None]
         assert self.spilled_bytes == sum(pages.size_bytes for pages in spilled)
         assert not any(session.spilled is not None and session.holds_pages for session in sessions)
+
+
+def _check_rewind(held: PlainSequence | CompressedSequence, sequence: int, start: int) -> None:
+    if not held.can_rewind(start):
+        raise SessionStateError(
+            f"sequence {sequence} holds {held.length} positions in compressed form and can not go back to {start}; "
+            "send the session again"
+        )
+
+
+def _state_at(state: CompressedState, length: int, held: CompressedSequence, sequence: int) -> CompressedState:
+    """What is to travel of a compressed sequence, in as few pages as possible."""
+    try:
+        state = state.rewind(length)
+    except ValueError as error:
+        raise SessionStateError(f"sequence {sequence} of the session was compressed since: {error}") from error
+    if state.tail.is_staging:
+        raise SessionStateError(f"sequence {sequence} of the session stands inside an input, before it is compressed")
+    return drop_idle_pages(state, held.table.layout)

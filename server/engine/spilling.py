@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm.kvcache.page_pool import OutOfPagesError, PagePool
-from swarm.kvcache.page_table import PageTable
+from swarm.server.engine.held_session import HeldSequence
 from swarm.server.engine.page_store import PageStore
+from swarm.server.engine.sequence_pages import HeldPages
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +22,12 @@ __all__ = ["SpilledPages", "count_pages", "place_pages", "restore_pages", "spill
 
 @dataclass(frozen=True)
 class SpilledPages:
-    """What several tables held."""
+    """What several sequences held."""
 
     contents: torch.Tensor
     """[pages, values of a page] on the host."""
-    layouts: Mapping[int, npt.NDArray[np.int64]]
-    """Per sequence, [layers, pages] rows of `contents`."""
-    lengths: Mapping[int, int]
-    """Positions of each sequence."""
+    layouts: Mapping[int, HeldPages]
+    """Per sequence; pages are rows of `contents`."""
 
     @property
     def num_pages(self) -> int:
@@ -39,46 +38,41 @@ class SpilledPages:
         return self.contents.numel() * self.contents.element_size()
 
 
-def count_pages(tables: Mapping[int, PageTable]) -> int:
-    """Pages of all the tables, shared ones once."""
-    if len(tables) == 1:
-        return sum(table.num_pages * table.num_layers for table in tables.values())
-    return len(np.unique(np.concatenate([table.owned_pages() for table in tables.values()]))) if tables else 0
+def count_pages(sequences: Mapping[int, HeldSequence]) -> int:
+    """Pages of all the sequences, shared ones once."""
+    if len(sequences) == 1:
+        return sum(held.num_pages for held in sequences.values())
+    return len(np.unique(np.concatenate([held.owned_pages() for held in sequences.values()]))) if sequences else 0
 
 
-def spill_pages(store: PageStore, tables: Mapping[int, PageTable]) -> SpilledPages:
-    """Copy what the tables hold to the host, and empty them."""
-    held = [table.owned_pages() for table in tables.values()]
-    pages, rows = np.unique(np.concatenate(held), return_inverse=True)
-    ends = np.cumsum([len(part) for part in held])[:-1]
+def spill_pages(store: PageStore, sequences: Mapping[int, HeldSequence]) -> SpilledPages:
+    """Copy what the sequences hold to the host, and empty them."""
+    for held in sequences.values():
+        held.drop_reserve()
+    pages = np.unique(np.concatenate([held.owned_pages() for held in sequences.values()]))
+    contents = store.save_pages(pages)
     layouts = {
-        sequence: part.reshape(table.num_layers, table.num_pages)
-        for (sequence, table), part in zip(tables.items(), np.split(rows, ends), strict=True)
+        number: held.take_out().map_pages(lambda numbers: np.searchsorted(pages, numbers))
+        for number, held in sequences.items()
     }
-    spilled = SpilledPages(
-        contents=store.save_pages(pages),
-        layouts=layouts,
-        lengths={sequence: table.length for sequence, table in tables.items()},
-    )
-    for table in tables.values():
-        table.free()
-    return spilled
+    return SpilledPages(contents, layouts)
 
 
-def restore_pages(store: PageStore, spilled: SpilledPages, tables: Mapping[int, PageTable]) -> None:
-    """Fill empty tables as they were. Raises OutOfPagesError, and then nothing has changed."""
+def restore_pages(store: PageStore, spilled: SpilledPages, sequences: Mapping[int, HeldSequence]) -> None:
+    """Fill empty sequences as they were. Raises OutOfPagesError, and then nothing has changed."""
     pool = store.pool
-    pages = place_pages(pool, list(spilled.layouts.values()), spilled.num_pages)
+    lists = [pages for layout in spilled.layouts.values() for pages in layout.page_lists()]
+    pages = place_pages(pool, lists, spilled.num_pages)
     store.load_pages(pages, spilled.contents)
-    for sequence, layout in spilled.layouts.items():
-        tables[sequence].adopt(pages[layout], spilled.lengths[sequence])
-    pool.release(pages)  # the tables own them now
+    for number, layout in spilled.layouts.items():
+        sequences[number].put_back(layout.map_pages(lambda rows: pages[rows]))
+    pool.release(pages)  # the sequences own them now
 
 
 def place_pages(pool: PagePool, layouts: Sequence[npt.NDArray[np.int64]], num_pages: int) -> npt.NDArray[np.int64]:
-    """Take a page of the pool for each number in `layouts`, neighbours for the pages of a layer where possible.
+    """Take a page of the pool for each number in `layouts`, neighbours for the pages of a row where possible.
 
-    Each layout is a sequence's [layers, pages] numbers from 0 to `num_pages` - 1, each of which is in some layout.
+    Each layout is [rows, pages] numbers from 0 to `num_pages` - 1, each of which is in some layout.
     Raises OutOfPagesError, and then nothing has changed.
     """
     if num_pages > pool.num_free:

@@ -38,6 +38,8 @@ class StepWork:
     on_done: WorkDone
     adapter: AdapterHash = NO_ADAPTER
     """The same in every step of a session."""
+    compresses: bool = False
+    """Whether the session keeps its cache under the server's policy, instead of exactly; the same in all its steps."""
 
 
 @dataclass(frozen=True, slots=True)

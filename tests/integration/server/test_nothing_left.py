@@ -185,7 +185,7 @@ def test_hundreds_of_random_rounds_leave_nothing(swarm: InProcessSwarm, seed: in
             assert not memory._lost and not memory._away
             assert memory.num_tokens_free == memory.store.num_tokens_total
             queue = node.sessions.admission._queue
-            assert (queue.num_inside, queue.num_waiting, queue._num_tokens_expected) == (0, 0, 0)
+            assert (queue.num_inside, queue.num_waiting, queue._lasting_bytes) == (0, 0, 0)
         return counts
 
     counts = swarm.run(run())

@@ -534,10 +534,10 @@ def test_families_with_their_own_attention_run_one_at_a_time_and_right(family: s
 @pytest.fixture
 def hostile_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose window is in its mask only, so that our attention function is not told of it."""
-    from swarm.server.engine import ragged_attention
+    from swarm.server.engine import attention_kind, ragged_attention
 
-    real = ragged_attention._Kernel
-    monkeypatch.setattr(ragged_attention, "_Kernel", lambda **settings: real(**(settings | {"window": 0})))
+    real = attention_kind.AttentionKind
+    monkeypatch.setattr(ragged_attention, "AttentionKind", lambda **settings: real(**(settings | {"window": 0})))
 
 
 @pytest.mark.usefixtures("hostile_window")

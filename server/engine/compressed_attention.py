@@ -1,0 +1,340 @@
+"""Attention of new tokens over compressed sequences: of one layer, for all of them in a batch."""
+
+# Letters: R rows of the packed batch that this covers, L layers, Hq, Hk query and KV heads, G = Hq / Hk, D, Dv key and
+# value dimensions, n keys of one sequence.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from swarm.kvpolicy.reference_cache import attend_over
+from swarm.server.engine.attention_kind import causal_mask
+from swarm.server.engine.compressed_layers import CodedLayer, code_layers
+from swarm.server.engine.compressed_sequence import MAX_STAGED_QUERIES
+from swarm.server.engine.tile_attention import TileAttention, load_tile_attention
+
+if TYPE_CHECKING:
+    from swarm.kvcache.compressed_table import PartPlan
+    from swarm.kvpolicy.layer_settings import LayerSettings
+    from swarm.server.engine.attention_kind import AttentionKind
+    from swarm.server.engine.compressed_sequence import CompressedSequence
+    from swarm.server.engine.compressed_store import CompressedStore
+
+__all__ = ["CompressedAttention", "CompressedSlice", "CompressedStep"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedSlice:
+    """One compressed sequence's new tokens within a packed batch."""
+
+    first_row: int
+    end_row: int
+    part: PartPlan
+    sequence: CompressedSequence
+
+    @property
+    def num_new(self) -> int:
+        return self.end_row - self.first_row
+
+
+class CompressedAttention:
+    """What the layers of a server need to attend over compressed sequences; one for all steps."""
+
+    def __init__(
+        self, store: CompressedStore, settings: Sequence[LayerSettings], *, allows_kernel: bool = True
+    ) -> None:
+        """`settings` of each layer of the server."""
+        self.store = store
+        self.settings = tuple(settings)
+        self.layers: list[CodedLayer] = code_layers(settings, store.device)
+        self.tiles: TileAttention | None = load_tile_attention(store, settings) if allows_kernel else None
+        """None where there is no compiler for it, or on a device of another kind."""
+
+    def plan(self, slices: Sequence[CompressedSlice]) -> CompressedStep:
+        """What is the same in all layers of a step."""
+        return CompressedStep(self, slices)
+
+
+@dataclass
+class CompressedStep:
+    """The compressed sequences of one step."""
+
+    attention: CompressedAttention
+    slices: Sequence[CompressedSlice]
+    ring: list[CompressedSlice] = field(init=False)
+    """Those whose new tokens go into slots."""
+    staged: list[CompressedSlice] = field(init=False)
+    """Those whose new tokens stand in pages for now."""
+    _queries: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """Newest queries [Hq, at most 64, D] of staged slices, by index in `staged` and layer of the sequence."""
+
+    def __post_init__(self) -> None:
+        self.num_rows = sum(part.num_new for part in self.slices)
+        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self.ring = [part for part in self.slices if not part.part.is_staged]
+        self.staged = [part for part in self.slices if part.part.is_staged]
+        store = self.attention.store
+        device = store.device
+        self._rows = torch.from_numpy(
+            np.concatenate([np.arange(part.first_row, part.end_row) for part in self.ring] or [np.zeros(0, np.int64)])
+        ).to(device)
+        places = [
+            store.token_places(part.sequence.table, np.arange(part.part.start, part.part.end)) for part in self.ring
+        ]
+        self._pages = torch.cat([pages for pages, _ in places], dim=1) if places else None
+        self._slots = torch.cat([slots for _, slots in places], dim=1) if places else None
+        tiles = self.attention.tiles
+        self._tile_step = tiles.plan(self.ring) if tiles is not None and self.ring else None
+
+    def round(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Keys or values [1, Hk, T, D], those of compressed sequences as what will be stored: to later tokens they
+        look as they do to those of their own step.
+        """
+        raw_dtype = self.attention.store.raw_dtype
+        if numbers.dtype is raw_dtype:
+            return numbers
+        if self.num_rows == numbers.shape[2]:
+            return numbers.to(raw_dtype).to(numbers.dtype)
+        rounded = numbers.clone()
+        for part in self.slices:
+            rows = slice(part.first_row, part.end_row)
+            rounded[:, :, rows] = numbers[:, :, rows].to(raw_dtype).to(numbers.dtype)
+        return rounded
+
+    def keep(self, scores: Mapping[int, torch.Tensor], first_layer: int) -> None:
+        """After all layers: remember how much new tokens matter, and staged inputs' newest queries.
+
+        `scores` [Hk, T] by layer of the server; `first_layer` is the sequences' first.
+        """
+        store = self.attention.store
+        every = (
+            torch.stack([scores[first_layer + row] for row in range(self.slices[0].sequence.num_layers)])
+            if store.has_scores
+            else None
+        )
+        if every is not None and store.raw_scores is not None and self._pages is not None and self._slots is not None:
+            ring_scores = every.index_select(2, self._rows).transpose(1, 2)
+            store.raw_scores[self._pages, self._slots] = ring_scores.to(store.raw_scores.dtype)
+        for index, part in enumerate(self.staged):
+            own = every[:, :, part.first_row : part.end_row] if every is not None else None
+            part.sequence.add_staged(own, self._newest_queries(index))
+
+    def _newest_queries(self, index: int) -> torch.Tensor | None:
+        """[L, Hq, w, D] of a staged slice, zeros in layers that judge by none; None if all do."""
+        found = self._queries.get(index)
+        if not found:
+            return None
+        nothing = torch.zeros_like(next(iter(found.values())))
+        num_layers = self.slices[0].sequence.num_layers
+        return torch.stack([found.get(row, nothing) for row in range(num_layers)])
+
+    # -- one layer -----------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        row: int,
+        kind: AttentionKind,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: torch.Tensor,
+    ) -> None:
+        """Fill the rows of `packed` [Hq, T, Dv] that belong to compressed sequences; new tokens are stored first.
+
+        Args:
+            layer: of the server; `row` the same layer in the sequences' tables.
+            query: [Hq, T, D]; key [Hk, T, D] and value [Hk, T, Dv] already rounded to what slots hold.
+        """
+        if self.ring:
+            self._attend_ring(layer, row, kind, query, key, value, packed)
+        for index, part in enumerate(self.staged):
+            rows = slice(part.first_row, part.end_row)
+            packed[:, rows] = self._attend_staged(layer, row, kind, part, query[:, rows], key[:, rows], value[:, rows])
+            if self.attention.settings[layer].judges:
+                newest = query[:, max(part.first_row, part.end_row - MAX_STAGED_QUERIES) : part.end_row]
+                self._queries.setdefault(index, {})[row] = newest.clone()
+
+    def _attend_ring(
+        self,
+        layer: int,
+        row: int,
+        kind: AttentionKind,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: torch.Tensor,
+    ) -> None:
+        store = self.attention.store
+        is_all = len(self._rows) == query.shape[1]
+        if not is_all:
+            query, key, value = (numbers.index_select(1, self._rows) for numbers in (query, key, value))
+        assert self._pages is not None and self._slots is not None
+        store.write_slots(self._pages[row], self._slots[row], key.transpose(0, 1), value.transpose(0, 1))
+        if self._tile_step is not None:
+            outputs = self._tile_step.attend(row, kind, self.attention.layers[layer], query)
+        else:
+            outputs = self._attend_ring_openly(layer, row, kind, query)
+        outputs = outputs.to(packed.dtype)
+        if is_all:
+            packed.copy_(outputs)
+        else:
+            packed.index_copy_(1, self._rows, outputs)
+
+    def _attend_ring_openly(self, layer: int, row: int, kind: AttentionKind, query: torch.Tensor) -> torch.Tensor:
+        """Without the kernel: [Hq, R, Dv] float32."""
+        outputs = []
+        first = 0
+        for part in self.ring:
+            queries = query[:, first : first + part.num_new]
+            outputs.append(self._attend_over_memory(layer, row, kind, part, queries, None, None))
+            first += part.num_new
+        return torch.cat(outputs, dim=1)
+
+    def _attend_staged(
+        self,
+        layer: int,
+        row: int,
+        kind: AttentionKind,
+        part: CompressedSlice,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """New tokens [Hq, t, D] that stand in pages, over everything before them and each other: [Hq, t, Dv]."""
+        table = part.sequence.table
+        if table.staged_start == 0 and part.part.start == 0:
+            return kind.attend(query[None], key[None], value[None], start=0)[0]
+        num_staged = part.part.end - table.staged_start
+        if num_staged == part.num_new:
+            keys, values = key, value
+        else:
+            pages = table.staged
+            keys, values = (
+                numbers[0]
+                for numbers in self.attention.store.store.read(
+                    layer, pages.pages[row], int(pages.first_breaks[row]), 0, num_staged
+                )
+            )
+        if table.staged_start == 0:
+            mask = self._masks.get((part.first_row, kind.window))
+            if mask is None:
+                mask = causal_mask(part.part.start, part.num_new, 0, kind.window, query.device)
+                self._masks[part.first_row, kind.window] = mask
+            return kind.attend_masked(query[None], keys[None], values[None], mask)[0]
+        return self._attend_over_memory(layer, row, kind, part, query, keys, values)
+
+    def _attend_over_memory(
+        self,
+        layer: int,
+        row: int,
+        kind: AttentionKind,
+        part: CompressedSlice,
+        query: torch.Tensor,
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Queries [Hq, t, D] over the sequence's summary, sinks, stored rows and ring, then staged keys [Hk, n, D]."""
+        raw = self._read_raw(layer, row, part)
+        num_heads = self.attention.store.num_kv_heads
+        group = len(query) // num_heads
+        device = query.device
+        new_positions = torch.arange(part.part.start, part.part.end, device=device)[:, None]
+        outputs = []
+        for head in range(num_heads):
+            all_keys = [raw.keys[head].float()]
+            all_values = [raw.values[head].float()]
+            positions = [raw.positions]
+            biases = [raw.biases[head]]
+            table = part.sequence.table
+            if table.num_tiles[row, head]:
+                coded, stored_positions, _ = self.attention.store.read_head(table, row, head)
+                stored_keys, stored_values = self.attention.layers[layer].decode(coded, head)
+                if stored_positions is None or not kind.window:
+                    # Whatever is stored came before all new tokens.
+                    stored_positions = torch.zeros(len(coded), dtype=torch.int64, device=device)
+                all_keys.append(stored_keys)
+                all_values.append(stored_values)
+                positions.append(stored_positions)
+                biases.append(torch.zeros(len(coded), device=device))
+            if keys is not None and values is not None:
+                all_keys.append(keys[head].float())
+                all_values.append(values[head].float())
+                positions.append(torch.arange(table.staged_start, part.part.end, device=device))
+                biases.append(torch.zeros(keys.shape[1], device=device))
+            seen = torch.cat(positions)
+            is_hidden = seen > new_positions
+            if kind.window:
+                is_hidden |= seen <= new_positions - kind.window
+            heads = slice(head * group, (head + 1) * group)
+            outputs.append(
+                attend_over(
+                    query[heads].float(),
+                    torch.cat(all_keys),
+                    torch.cat(all_values),
+                    is_hidden=is_hidden,
+                    biases=torch.cat(biases),
+                    scaling=kind.scale(query.shape[-1]),
+                    softcap=kind.softcap,
+                    sink_scores=kind.sinks[heads].float() if kind.sinks is not None else None,
+                )
+            )
+        return torch.cat(outputs)
+
+    def _read_raw(self, layer: int, row: int, part: CompressedSlice) -> _RawEntries:
+        """Summary, sinks and ring of a sequence in one layer."""
+        store, table = self.attention.store, part.sequence.table
+        # What a staged input has not yet been through stands in pages.
+        end = table.staged_start if part.part.is_staged else part.part.end
+        sinks = np.arange(min(table.layout.num_sinks, end))
+        ring = np.arange(table.tail.stored_end, max(end, table.tail.stored_end))
+        positions: npt.NDArray[np.int64] = np.concatenate((sinks, ring)).astype(np.int64)
+        slots = table.layout.slots_of(positions)
+        dropped = table.num_dropped[row]
+        has_summary = self.attention.settings[layer].has_summary and bool(dropped.any())
+        if has_summary:
+            slots = np.concatenate((np.zeros(1, np.int64), slots))
+            positions = np.concatenate((np.full(1, -1), positions))
+        device = store.device
+        biases = np.zeros((store.num_kv_heads, len(slots)), dtype=np.float32)
+        if has_summary:
+            with np.errstate(divide="ignore"):
+                biases[:, 0] = np.log(dropped)  # -inf, which hides the entry, where a head has dropped nothing
+        if not len(slots):
+            empty = torch.zeros(store.num_kv_heads, 0, store.key_dim, device=device)
+            values = torch.zeros(store.num_kv_heads, 0, store.value_dim, device=device)
+            return _RawEntries(
+                empty, values, torch.zeros(0, dtype=torch.int64, device=device), torch.from_numpy(biases).to(device)
+            )
+        pages, within = store.slot_places(table, np.full(len(slots), row), slots)
+        keys, values, _ = store.read_slots(pages, within)
+        if has_summary and not dropped.all():
+            # Nothing was ever written there; whatever it is must not become NaN.
+            is_empty = torch.from_numpy(dropped == 0).to(device)
+            keys[0, is_empty], values[0, is_empty] = 0, 0
+        return _RawEntries(
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(biases).to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _RawEntries:
+    """What stands in slots, of one layer."""
+
+    keys: torch.Tensor
+    """[Hk, m, D]"""
+    values: torch.Tensor
+    """[Hk, m, Dv]"""
+    positions: torch.Tensor
+    """[m]; -1 is the summary."""
+    biases: torch.Tensor
+    """[Hk, m]"""
