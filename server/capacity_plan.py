@@ -17,6 +17,7 @@ __all__ = [
     "STEP_TOKENS",
     "CapacityPlan",
     "DeviceMemory",
+    "check_room_to_read",
     "format_size",
     "plan_capacity",
     "spread_evenly",
@@ -88,6 +89,10 @@ class CapacityPlan:
     sentence: str
     """The plan in words, with its reasons."""
 
+    def sentence_for(self, kv_tokens: int) -> str:
+        """The same words once it is known how many tokens the memory really holds."""
+        return self.sentence.replace(f"({self.kv_tokens:,} tokens)", f"({kv_tokens:,} tokens)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Room:
@@ -156,6 +161,24 @@ def plan_capacity(
         resident_bytes = (num_resident + _NUM_STAGED) * sizes.largest_bytes
         return _plan(room, device, wanted, wanted - num_resident, resident_bytes)
     raise BadInputError(_refusal(room, device, asked, span, num_fit, may_stream=may_stream))
+
+
+def check_room_to_read(plan: CapacityPlan, sizes: BlockSizes) -> None:
+    """Tokens stand uncompressed while they are read, so some must fit like this.
+
+    Args:
+        sizes: of the blocks with uncompressed pages.
+
+    Raises:
+        BadInputError: too few do.
+    """
+    per_token = plan.num_blocks * sizes.kv_bytes_per_token
+    if plan.kv_bytes < MIN_KV_TOKENS * per_token:
+        raise BadInputError(
+            f"{format_size(plan.kv_bytes)} of KV hold {plan.kv_bytes // per_token} uncompressed tokens, which is what "
+            f"prompts are while they are read: too few to serve anybody; give {format_size(1024 * per_token)} or more "
+            "--kv-memory"
+        )
 
 
 def spread_evenly(num_layers: int, num_streamed: int) -> list[int]:

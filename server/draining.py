@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from swarm.datatypes import ServerInfo, ServerState, Span
 from swarm.errors import SwarmError
+from swarm.kvpolicy.settings import FULL_CACHE
 from swarm.server.rpc.handing_over import HandoverSender
 
 if TYPE_CHECKING:
     from swarm.server.hosting import Hosting
     from swarm.server.rpc.server_session import ServerSession
+    from swarm.server.rpc.session_claims import KVSizes
     from swarm.server.rpc.sessions import SessionTable
 
 __all__ = ["choose_successors", "drain"]
@@ -33,26 +35,51 @@ FindServers = Callable[[], Awaitable[Sequence[ServerInfo]]]
 
 
 def choose_successors(
-    servers: Sequence[ServerInfo], own: ServerInfo, span: Span, *, num_tokens: int
+    servers: Sequence[ServerInfo],
+    own: ServerInfo,
+    span: Span,
+    *,
+    num_tokens: int,
+    kv_policy: str = FULL_CACHE.preset,
+    sizes: KVSizes | None = None,
 ) -> list[ServerInfo]:
     """Servers that could go on with a session of these blocks, which holds `num_tokens`.
 
-    Those that stay where they are come first, and of them those with most room.
+    Those of our own KV policy come first, then those that stay where they are, and of them those with most room.
+
+    Args:
+        kv_policy: preset that the session is kept by; one that is kept exactly can go to servers of any policy, though
+            some will refuse it because their pages are of another size.
+        sizes: of our own memory, by which room that others of our policy announce is told for such a session.
     """
+    is_exact = kv_policy == FULL_CACHE.preset
+
+    def room(server: ServerInfo) -> int:
+        if sizes is None or server.kv_policy != own.kv_policy:
+            return server.kv_tokens_free
+        return sizes.convert_tokens(server.kv_tokens_free, compresses=not is_exact)
+
     able = [
         server
         for server in servers
         if server.peer_id != own.peer_id
         and server.state is ServerState.ONLINE
         and server.model_hash == own.model_hash
-        and (server.weights, server.kv_policy) == (own.weights, own.kv_policy)
+        and server.weights == own.weights
+        and (is_exact or server.kv_policy == kv_policy)
         and server.span.contains_span(span)
-        and server.kv_tokens_free >= num_tokens
+        and room(server) >= num_tokens
         and server.addresses
     ]
-    return sorted(able, key=lambda server: (server.moving_to is not None, -server.kv_tokens_free, server.peer_id))[
-        :_MAX_SUCCESSORS
-    ]
+    return sorted(
+        able,
+        key=lambda server: (
+            server.kv_policy != own.kv_policy,
+            server.moving_to is not None,
+            -server.kv_tokens_free,
+            server.peer_id,
+        ),
+    )[:_MAX_SUCCESSORS]
 
 
 async def drain(hosting: Hosting, find_servers: FindServers, *, own: ServerInfo, timeout_s: float) -> int:
@@ -94,7 +121,14 @@ async def _hand_over_all(
                 return
             servers = await _find(find_servers)
             for session in sessions.open_sessions():
-                successors = choose_successors(servers, own, session.span, num_tokens=session.mirror.num_positions)
+                successors = choose_successors(
+                    servers,
+                    own,
+                    session.span,
+                    num_tokens=session.mirror.num_positions,
+                    kv_policy=session.mirror.policy.preset,
+                    sizes=sessions.sizes,
+                )
                 if session not in under_way and successors:
                     under_way[session] = asyncio.create_task(_hand_over(session, successors, sender))
             tried.update(sessions.open_sessions())

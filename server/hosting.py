@@ -15,6 +15,8 @@ from swarm.datatypes import PeerId, Span
 from swarm.errors import FinalError
 from swarm.server.adapters import open_adapters
 from swarm.server.engine.engine import Engine
+from swarm.server.planned_kv import UNLIMITED_POSITIONS
+from swarm.server.rpc.session_claims import KVSizes
 from swarm.server.rpc.sessions import HostedModel, SessionTable
 from swarm.server.rpc.taking_over import HandoverReceiver
 from swarm.server.span_loading import LoadedSpan, load_backend
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Hosting", "load_hosting"]
 
 logger = logging.getLogger(__name__)
-_UNLIMITED_POSITIONS = 2**20
-"""For models that state no context length (bloom); memory is the limit then."""
 _CLOSE_ABANDONED_PERIOD_S = 1.0
 
 
@@ -50,6 +50,8 @@ class Hosting:
     """Measured single-stream decoding speed."""
     plan: str
     """What was put where, in one sentence for the operator."""
+    kv_note: str
+    """What the operator should know about the KV policy, in one sentence; empty when there is nothing to say."""
     release: Callable[[], None]
     """Gives back threads, processes and files of the backend."""
     is_broken: Callable[[], bool]
@@ -118,15 +120,16 @@ async def load_hosting(
         model_hash=source.model_hash,
         span=span,
         hidden_size=loaded.hidden_size,
-        max_positions=source.max_positions or _UNLIMITED_POSITIONS,
-        kv_policy=config.kv_policy,
+        max_positions=source.max_positions or UNLIMITED_POSITIONS,
+        kv_policy=loaded.kv_policy,
+        rules_hash=loaded.rules_hash,
         weights=loaded.weights,
         peer_id=peer_id,
         adapters=loaded.adapters,
     )
     engine = Engine(loaded.backend, first_step_s=1 / tokens_per_s)
     engine.start()
-    sessions = SessionTable(hosted, engine, config.limits)
+    sessions = SessionTable(hosted, engine, config.limits, sizes=_measure_sizes(loaded))
     hosting = Hosting(
         model=hosted,
         engine=engine,
@@ -134,11 +137,24 @@ async def load_hosting(
         handovers=HandoverReceiver(hosted, engine, sessions),
         tokens_per_s=tokens_per_s,
         plan=loaded.plan,
+        kv_note=loaded.kv_note,
         release=loaded.close,
         is_broken=loaded.is_broken,
     )
     hosting.start()
     return hosting
+
+
+def _measure_sizes(loaded: LoadedSpan) -> KVSizes:
+    backend, footprint = loaded.backend, loaded.footprint
+    total_bytes = backend.kv_usage.total_bytes
+    if footprint is not None:
+        exact_bytes = footprint.full_bytes(footprint.page_tokens) // footprint.page_tokens
+    else:
+        exact_bytes = max(total_bytes // backend.num_tokens_total, 1)
+    return KVSizes(
+        total_bytes=total_bytes, exact_bytes_per_token=exact_bytes, num_blocks=len(loaded.span), footprint=footprint
+    )
 
 
 def free_memory() -> None:

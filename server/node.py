@@ -84,6 +84,11 @@ class Node:
         return self._hosting.plan if self._hosting is not None else ""
 
     @property
+    def kv_note(self) -> str:
+        """What its operator should know about the KV policy, in one sentence; mostly empty."""
+        return self._hosting.kv_note if self._hosting is not None else ""
+
+    @property
     def weights_reason(self) -> str:
         """Why weights have the precision they have; empty when its operator said so."""
         return self._workplace.reason if self._workplace is not None else ""
@@ -170,6 +175,7 @@ class Node:
             span=hosting.span,
             state=ServerState.ONLINE,
             weights=hosting.weights,
+            kv_policy=hosting.model.kv_policy,
             kv_tokens_free=hosting.engine.num_tokens_free,
             kv_tokens_total=hosting.engine.num_tokens_total,
             tokens_per_s=hosting.tokens_per_s,

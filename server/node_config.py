@@ -9,6 +9,7 @@ from pathlib import Path
 from swarm.datatypes import Span
 from swarm.discovery.record_checks import MAX_ADAPTERS
 from swarm.errors import BadInputError
+from swarm.kvpolicy.settings import KVPolicy, find_policy
 from swarm.server.rpc.sessions import SessionLimits
 from swarm.weights.precision import AUTO, Precision
 
@@ -34,6 +35,7 @@ class NodeConfig:
     adapters: Mapping[str, Path] = field(default_factory=dict)
     """Folders of LoRA adapters by the name under which sessions choose them."""
     kv_policy: str = "none"
+    """Preset by which sessions' keys and values are kept, where the blocks can do it; clients may ask for none."""
     kv_memory_bytes: int | None = None
     """Memory for keys and values; None: 1 GiB on a CPU, on a GPU what the blocks leave."""
     host: str = "0.0.0.0"
@@ -68,8 +70,7 @@ class NodeConfig:
         if self.weights not in (AUTO, *(precision.value for precision in Precision)):
             known = ", ".join(precision.value for precision in Precision)
             raise BadInputError(f"--weights {self.weights} is no precision; choose {AUTO}, {known}")
-        if self.kv_policy != "none":
-            raise BadInputError(f"--kv {self.kv_policy} is not offered yet; use --kv none")
+        find_policy(self.kv_policy)
         if len(self.adapters) > MAX_ADAPTERS:
             raise BadInputError(f"--adapter is given {len(self.adapters)} times, and {MAX_ADAPTERS} are the most")
         if self.span is not None and self.num_blocks is not None:
@@ -78,6 +79,11 @@ class NodeConfig:
             raise BadInputError(f"--announce-port {self.announce_port} is no port; choose 1 to 65535")
         if self.rebalance_period_s < 0 or self.settle_s < 0:
             raise BadInputError("--rebalance-period can not be negative; 0 keeps the server where it is")
+
+    @property
+    def policy(self) -> KVPolicy:
+        """What `kv_policy` names."""
+        return find_policy(self.kv_policy)
 
     @property
     def moves(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from swarm.server.capacity_plan import plan_capacity
+from swarm.kvpolicy.settings import FULL_CACHE, KVPolicy
+from swarm.server.capacity_plan import check_room_to_read, plan_capacity
 from swarm.server.device_memory import measure_device_memory
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def plan_server(
     num_blocks: int | None = None,
     kv_bytes: int | None = None,
     kv_tokens: int | None = None,
-    kv_bytes_per_token: int | None = None,
+    policy: KVPolicy = FULL_CACHE,
     may_stream: bool = False,
 ) -> CapacityPlan:
     """How many blocks and KV tokens fit `device` ("cpu", "cuda:1") now; nothing is loaded.
@@ -33,7 +34,7 @@ def plan_server(
     Args:
         span, num_blocks: what was asked for; with neither, as many blocks as fit.
         kv_bytes, kv_tokens: KV memory asked for; with neither, the planner's choice.
-        kv_bytes_per_token: what a block keeps of a token under a KV policy; None for uncompressed pages.
+        policy: how keys and values will be kept.
         may_stream: blocks beyond the memory may stream in (`swarm.models.offload`; which ones:
             `capacity_plan.spread_evenly(plan.num_blocks, plan.num_streamed)`).
 
@@ -43,12 +44,18 @@ def plan_server(
         MissingDependencyError: the precision needs a package on this device that is not installed.
     """
     from swarm.models.block_sizes import measure_model_shape
+    from swarm.server.planned_kv import sizes_under
 
-    sizes = measure_model_shape(source.config).sizes(precision, device)
-    if kv_bytes_per_token is not None:
-        sizes = sizes.with_kv_bytes(kv_bytes_per_token)
-    return plan_capacity(
-        sizes,
+    shape = measure_model_shape(source.config)
+    plan = plan_capacity(
+        sizes_under(
+            policy,
+            shape,
+            precision,
+            device,
+            model_hash=source.model_hash,
+            max_positions=source.max_positions,
+        ),
         measure_device_memory(device),
         span=span,
         num_blocks=num_blocks,
@@ -56,3 +63,6 @@ def plan_server(
         kv_tokens=kv_tokens,
         may_stream=may_stream,
     )
+    if policy.compresses:
+        check_room_to_read(plan, shape.sizes(precision, device))
+    return plan

@@ -53,7 +53,9 @@ class Workplace:
                 plan_server(source, self.precision, device, kv_bytes=kv_bytes).num_blocks for device in self.devices
             ]
             return min(sum(fitting), source.num_blocks)
-        return plan_server(source, self.precision, self.devices[0], kv_bytes=self._kv_bytes(config)).num_blocks
+        return plan_server(
+            source, self.precision, self.devices[0], kv_bytes=self._kv_bytes(config), policy=config.policy
+        ).num_blocks
 
     def plan(self, source: ModelSource, span: Span, config: NodeConfig) -> CapacityPlan:
         """What is streamed, and how much memory pages get, when one device serves `span`.
@@ -66,6 +68,7 @@ class Workplace:
             self.devices[0],
             span=span,
             kv_bytes=self._kv_bytes(config),
+            policy=config.policy,
             may_stream=config.offload,
         )
 

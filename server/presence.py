@@ -102,7 +102,7 @@ def describe_joining(source: ModelSource, config: NodeConfig, *, peer_id: PeerId
         span=config.span or Span(start=0, end=1),  # not announced until it has chosen
         state=ServerState.JOINING,
         weights=config.weights,
-        kv_policy=config.kv_policy,
+        kv_policy=config.policy.preset,
         version=_version(),
     )
 

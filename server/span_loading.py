@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from swarm.errors import BadInputError, UnsupportedModelError
+from swarm.kvpolicy.settings import FULL_CACHE
 from swarm.server.adapters import load_adapters
+from swarm.server.planned_kv import UNLIMITED_POSITIONS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from swarm.datatypes import AdapterInfo, Span
+    from swarm.kvcache.footprint import Footprint
+    from swarm.kvpolicy.settings import KVPolicy
     from swarm.models import ModelSource, SpanModel
     from swarm.models.adapters.source import AdapterSource
     from swarm.models.offload import BlockStreamer
     from swarm.models.progress import ProgressReporter
     from swarm.server.engine.engine import SpanBackend
     from swarm.server.node_config import NodeConfig
+    from swarm.server.policy_layers import PolicyWish
     from swarm.server.preparing import Workplace
 
-__all__ = ["LoadedSpan", "load_backend"]
+__all__ = ["LoadedSpan", "load_backend", "make_wish", "note_on_calibration"]
 
 _PACKED_SHARE: Final = 0.125
 """Part of the memory still free that packed copies of weights may take."""
@@ -50,6 +55,14 @@ class LoadedSpan:
     adapters: tuple[AdapterInfo, ...]
     close: Callable[[], None]
     """Gives back what garbage collection would not: threads, processes, files."""
+    kv_policy: str = FULL_CACHE.preset
+    """Preset that sessions are kept by; `none` also where the one asked for can not be served."""
+    kv_note: str = ""
+    """What the operator should know about that, in one sentence; empty when there is nothing to say."""
+    rules_hash: str = ""
+    """Of all that decides what the policy keeps and how; empty where everything is kept."""
+    footprint: Footprint | None = None
+    """What compressed sequences take; None where there are none."""
     is_broken: Callable[[], bool] = _never
     """Whether the backend has lost a part of itself for good."""
 
@@ -91,7 +104,9 @@ def _on_one_device(
 ) -> LoadedSpan:
     from swarm.server.capacity_plan import spread_evenly
     from swarm.server.engine.choosing import choose_backend
+    from swarm.server.engine.ragged import RaggedBackend
 
+    wish = make_wish(source, span, config.policy)
     plan = workplace.plan(source, span, config)
     close: Callable[[], None] = _nothing
     streamed: frozenset[int] = frozenset()
@@ -107,15 +122,57 @@ def _on_one_device(
     if workplace.is_cpu and streamer is None:
         _pack(model)
     found = load_adapters(model, adapters, num_blocks=source.num_blocks, report=report)
+    chosen = choose_backend(model, memory_bytes=plan.kv_bytes, wish=wish)
+    backend = chosen.backend
+    layers = backend.policy_layers if isinstance(backend, RaggedBackend) else None
+    if layers is not None:
+        note = note_on_calibration(source, wish)
+    else:
+        note = _note_on_fallback(config.policy, chosen.kv_problem or chosen.reason) if wish is not None else ""
     return LoadedSpan(
         span=span,
         hidden_size=model.hidden_size,
-        backend=choose_backend(model, memory_bytes=plan.kv_bytes).backend,
+        backend=backend,
         weights=str(workplace.precision),
-        plan=plan.sentence,
+        plan=plan.sentence_for(backend.num_tokens_total) if wish is not None else plan.sentence,
         adapters=found,
         close=close,
+        kv_policy=layers.policy.preset if layers is not None else FULL_CACHE.preset,
+        kv_note=note,
+        rules_hash=layers.rules_hash if layers is not None else "",
+        footprint=layers.footprint if layers is not None else None,
     )
+
+
+def make_wish(source: ModelSource, span: Span, policy: KVPolicy) -> PolicyWish | None:
+    """What a server needs to compress by, None when it is not to; raises BadInputError for a damaged calibration."""
+    from swarm.kvpolicy.calibration_file import find_calibration
+    from swarm.models.source import default_cache_dir
+    from swarm.server.policy_layers import PolicyWish
+
+    if not policy.compresses:
+        return None
+    return PolicyWish(
+        policy=policy,
+        num_layers=source.num_blocks,
+        first_layer=span.start,
+        max_positions=source.max_positions or UNLIMITED_POSITIONS,
+        calibration=find_calibration(source.model_hash, cache_dir=default_cache_dir()),
+    )
+
+
+def note_on_calibration(source: ModelSource, wish: PolicyWish | None) -> str:
+    """That a measurement would help, where there is none."""
+    if wish is None or wish.calibration is not None:
+        return ""
+    return (
+        f"KV policy {wish.policy.preset} goes by defaults, because {source.name} was never measured; "
+        f"`swarm calibrate {source.name} --text FILE` on every server gives better answers in the same memory"
+    )
+
+
+def _note_on_fallback(policy: KVPolicy, reason: str) -> str:
+    return f"KV policy {policy.preset} can not be served, so caches are kept exactly (none): {reason}"
 
 
 def _on_several_devices(
@@ -159,6 +216,7 @@ def _on_several_devices(
         plan=f"{', '.join(workplace.devices)} hold a slice of each of blocks {span}",
         adapters=(),
         close=backend.close,
+        kv_note=_note_on_devices(config.policy),
         is_broken=lambda: backend.is_broken,
     )
 
@@ -184,7 +242,12 @@ def _in_a_row(
         plan=plan.sentence,
         adapters=(),
         close=_nothing,
+        kv_note=_note_on_devices(config.policy),
     )
+
+
+def _note_on_devices(policy: KVPolicy) -> str:
+    return _note_on_fallback(policy, "several devices hold the blocks") if policy.compresses else ""
 
 
 def _load_model(

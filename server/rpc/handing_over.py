@@ -5,26 +5,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import grpc
 import grpc.aio
+import numpy as np
+import numpy.typing as npt
 
 from swarm.datatypes import ServerInfo
 from swarm.errors import NoRouteError, PeerFaultError, PeerLostError, SessionClosedError
+from swarm.kvcache.compressed_state import CompressedState
+from swarm.kvpolicy.streaming import settle
 from swarm.pb import node_pb2 as pb
 from swarm.server.engine.page_transfer import PageExport, page_format
 from swarm.server.rpc.channels import ChannelPool
+from swarm.server.rpc.compressed_offers import compression_terms
 from swarm.server.rpc.engine_calls import ask_engine, tell_engine
 from swarm.server.rpc.handover_offers import OfferedSession, pages_in_a_message, write_offer
 from swarm.wire.failures import error_from_failure, error_from_rpc
 from swarm.wire.frames import decode_frame, encode_frame
-from swarm.wire.limits import MAX_HANDOVER_HEADER_BYTES
+from swarm.wire.limits import MAX_HANDOVER_HEADER_BYTES, MAX_HANDOVER_PAGES_BYTES
 from swarm.wire.methods import HANDOVER
 
 if TYPE_CHECKING:
     from swarm.server.engine.engine import Engine
+    from swarm.server.engine.sequence_pages import HeldPages
     from swarm.server.engine.session_memory import SessionMemory
     from swarm.server.rpc.request_checks import HostedModel
     from swarm.server.rpc.server_session import ServerSession
@@ -73,6 +80,7 @@ class HandoverSender:
                 await self._sessions.moves.hold_back(session)
                 async with self._copying:
                     _check_open(session)
+                    _check_between_inputs(session)
                     num_bytes = await self._copy(session, successor, memory)
             _check_open(session)
         except TimeoutError as error:
@@ -97,6 +105,7 @@ class HandoverSender:
         export = PageExport(memory, session.key, session.mirror.positions)
         try:
             sequences = await ask_engine(self._engine, export.begin)
+            _check_tails(session, sequences)
             offered = OfferedSession(
                 session_id=session.session_id,
                 span=session.span,
@@ -120,15 +129,17 @@ class HandoverSender:
         memory: SessionMemory,
     ) -> int:
         pages = page_format(memory.store)
-        offer = write_offer(offered, self._model, pages)
-        if offer.ByteSize() + 16 > MAX_HANDOVER_HEADER_BYTES:
+        terms = compression_terms(memory, self._sessions.sizes, self._model)
+        offer, tables = write_offer(offered, self._model, pages, terms)
+        tables_bytes = tables.nbytes if tables is not None else 0
+        if offer.ByteSize() + 16 > MAX_HANDOVER_HEADER_BYTES or tables_bytes > MAX_HANDOVER_PAGES_BYTES:
             raise NoRouteError(f"the session is too large to be offered: it holds {offered.num_pages} pages")
         conversation = _Conversation(
             successor, self._channels, timeout_s=self._sessions.limits.handover_message_timeout_s
         )
         try:
             await conversation.open()
-            await conversation.write(encode_frame(pb.HandoverRequest(offer=offer)))
+            await conversation.write(_encode_offer(offer, tables))
             await conversation.read_acceptance()
             step = pages_in_a_message(pages)
             for first in range(0, offered.num_pages, step):
@@ -216,6 +227,31 @@ class _Conversation:
             await self._channels.release(address)
 
 
+def _encode_offer(offer: pb.HandoverOffer, tables: npt.NDArray[np.int32] | None) -> bytes:
+    import torch
+
+    return encode_frame(pb.HandoverRequest(offer=offer), [torch.from_numpy(tables)] if tables is not None else [])
+
+
 def _check_open(session: ServerSession) -> None:
     if session.is_over:
         raise SessionClosedError("the session has ended, or gone on to another epoch")
+
+
+def _check_between_inputs(session: ServerSession) -> None:
+    """What a compressed sequence is judged by at its input's end is not handed over; it may have ended next time."""
+    if any(tail.is_staging for tail in session.mirror.tails):
+        raise NoRouteError("the session is in the middle of an input; it can be handed over when that has ended")
+
+
+def _check_tails(session: ServerSession, sequences: Mapping[int, HeldPages]) -> None:
+    """The successor's mirror will stand where the pages do, so that must be where this one stands."""
+    policy = session.mirror.policy
+    for number, part in sequences.items():
+        if isinstance(part, CompressedState) != policy.compresses:
+            raise NoRouteError("the session is kept otherwise than it was opened")
+        if isinstance(part, CompressedState):
+            # An event that is due may have happened on one side only: the step that it was due for was given up.
+            held, expected = (settle(policy, tail, part.length) for tail in (part.tail, session.mirror.tail(number)))
+            if held != expected:
+                raise NoRouteError(f"sequence {number} is compressed up to {part.tail}, not {expected}")

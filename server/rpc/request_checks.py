@@ -9,6 +9,7 @@ from typing import Final
 from swarm.datatypes import AdapterHash, AdapterInfo, PeerId, Span
 from swarm.discovery.addresses import parse_host_port
 from swarm.errors import BadInputError, LengthLimitError, NoRouteError
+from swarm.kvpolicy.settings import FULL_CACHE, KVPolicy, find_policy
 from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
 from swarm.server.rpc.push import NextHop
@@ -23,6 +24,7 @@ __all__ = [
     "check_run",
     "check_served",
     "check_step_tensor",
+    "choose_policy",
     "read_next_hop",
 ]
 
@@ -40,11 +42,19 @@ class HostedModel:
     max_positions: int
     """Context length of the model."""
     kv_policy: str
+    """Preset by which sessions that ask for none in particular are kept; all may be kept exactly instead."""
     weights: str
     """Precision of the weights, as announced."""
+    rules_hash: str = ""
+    """Of all that decides what the policy keeps of a cache and how; empty where it keeps everything."""
     peer_id: PeerId
     adapters: Sequence[AdapterInfo] = ()
     """What sessions and runs may choose."""
+
+    @property
+    def policy(self) -> KVPolicy:
+        """What `kv_policy` names."""
+        return find_policy(self.kv_policy)
 
 
 def check_open(request: pb.Open, model: HostedModel) -> None:
@@ -61,8 +71,17 @@ def check_open(request: pb.Open, model: HostedModel) -> None:
         )
     if request.max_sequences > MAX_SEQUENCES:
         raise LengthLimitError(f"{request.max_sequences} sequences were asked for, {MAX_SEQUENCES} are allowed")
-    if request.kv_policy not in ("", model.kv_policy):
-        raise NoRouteError(f"KV policy {request.kv_policy!r} is not offered here, only {model.kv_policy!r}")
+    choose_policy(request, model)
+
+
+def choose_policy(request: pb.Open, model: HostedModel) -> KVPolicy:
+    """What a session is to be kept by. Raises NoRouteError for a policy that this server does not have."""
+    if request.kv_policy in ("", model.kv_policy):
+        return model.policy
+    if request.kv_policy == FULL_CACHE.preset:
+        return FULL_CACHE
+    offered = " and ".join(repr(name) for name in dict.fromkeys((model.kv_policy, FULL_CACHE.preset)))
+    raise NoRouteError(f"KV policy {request.kv_policy[:32]!r} is not offered here, only {offered}")
 
 
 def check_adapter(adapter: str, model: HostedModel) -> AdapterHash:

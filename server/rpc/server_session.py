@@ -96,6 +96,11 @@ class ServerSession:
         """For how long its client has been away; None while it is there."""
         return None if self.send is not None else time.monotonic() - self.away_since_s
 
+    @property
+    def compresses(self) -> bool:
+        """Whether it is kept by the server's policy, instead of exactly."""
+        return self.mirror.policy.compresses
+
     def __repr__(self) -> str:
         return (
             f"<ServerSession {self.name} blocks {self.span} epoch {self.mirror.epoch} "

@@ -95,7 +95,13 @@ class SessionMoves:
             await self._table.close(held)
         self._table.check_not_draining()
         try:
-            decision = self._table.admission.enter_now(offered.key, max(offered.expected_tokens, offered.num_tokens))
+            claim = self._table.sizes.claim(
+                max(offered.expected_tokens, offered.num_tokens),
+                max_sequences=offered.mirror.max_sequences,
+                span=offered.span,
+                compresses=offered.mirror.policy.compresses,
+            )
+            decision = self._table.admission.enter_now(offered.key, claim)
         except ValueError as error:
             raise BadInputError("this session is being handed over or opened already, at the same epoch") from error
         if not decision:

@@ -14,8 +14,9 @@ from swarm.pb import session_pb2 as pb
 from swarm.server.rpc.admission_desk import AdmissionDesk
 from swarm.server.rpc.channels import ChannelPool
 from swarm.server.rpc.push import NextHop, PushStream
-from swarm.server.rpc.request_checks import HostedModel, check_open, read_next_hop
+from swarm.server.rpc.request_checks import HostedModel, check_open, choose_policy, read_next_hop
 from swarm.server.rpc.server_session import SendToClient, ServerSession
+from swarm.server.rpc.session_claims import KVSizes
 from swarm.server.rpc.session_limits import SessionLimits
 from swarm.server.rpc.session_moves import SessionMoves, has_moved
 from swarm.server.rpc.stepping import StepRunner
@@ -34,14 +35,19 @@ logger = logging.getLogger(__name__)
 class SessionTable:
     """All sessions of a server; lives on the event loop."""
 
-    def __init__(self, model: HostedModel, engine: Engine, limits: SessionLimits) -> None:
+    def __init__(
+        self, model: HostedModel, engine: Engine, limits: SessionLimits, *, sizes: KVSizes | None = None
+    ) -> None:
+        """`sizes` says what sessions take; without them every token takes the same share of the memory."""
         self._model = model
         self._engine = engine
         self.limits = limits
         self._sessions: dict[bytes, ServerSession] = {}
         self._channels = ChannelPool()
         self.steps = StepRunner(model, engine, max_steps_under_way=limits.max_steps_under_way)
-        self.admission = AdmissionDesk(num_tokens_total=engine.num_tokens_total, config=limits.admission)
+        self.sizes = sizes or KVSizes.of_tokens(engine.num_tokens_total)
+        """What sessions are expected to take of the KV memory."""
+        self.admission = AdmissionDesk(total_bytes=self.sizes.total_bytes, config=limits.admission)
         self.moves = SessionMoves(self, engine, limits)
         """Sessions that come from other servers, and go to them."""
         self.is_draining = False
@@ -66,7 +72,10 @@ class SessionTable:
         check_open(request, self._model)
         next_hop = read_next_hop(request)
         mirror = SessionMirror(
-            epoch=request.epoch, max_length=request.max_length, max_sequences=request.max_sequences or 1
+            epoch=request.epoch,
+            max_length=request.max_length,
+            max_sequences=request.max_sequences or 1,
+            policy=choose_policy(request, self._model),
         )
         kept = await self._make_way(request)
         if kept is not None:
@@ -129,6 +138,8 @@ class SessionTable:
             return None
         if request.adapter != held.adapter:
             return None
+        if request.kv_policy and choose_policy(request, self._model) != held.mirror.policy:
+            return None
         if self._engine.has_lost(held.key):
             return None
         return held.mirror.kept(epoch=request.epoch, kept_epoch=request.keep.epoch, kept_step=request.keep.step)
@@ -168,13 +179,18 @@ class SessionTable:
             await send(encode_frame(pb.SessionReply(queued=pb.Queued(position=position))))
 
         self.check_not_draining()
-        num_tokens = self._expected_tokens(request)
-        while not self.admission.has_place(num_tokens) and (absent := self._first_to_yield()) is not None:
+        claim = self.sizes.claim(
+            self._expected_tokens(request),
+            max_sequences=request.max_sequences or 1,
+            span=Span(start=request.start, end=request.end),
+            compresses=choose_policy(request, self._model).compresses,
+        )
+        while not self.admission.has_place(claim) and (absent := self._first_to_yield()) is not None:
             await self._close_absent(absent)
         try:
             await self.admission.enter(
                 (request.session_id, request.epoch),
-                num_tokens,
+                claim,
                 may_wait=request.may_wait,
                 tell_position=tell_position,
             )
@@ -201,8 +217,8 @@ class SessionTable:
         return pb.Opened(
             protocol=PROTOCOL_VERSION,
             peer_id=self._model.peer_id,
-            kv_policy=self._model.kv_policy,
-            kv_tokens_free=self._engine.num_tokens_free,
+            kv_policy=session.mirror.policy.preset,
+            kv_tokens_free=self.sizes.convert_tokens(self._engine.num_tokens_free, compresses=session.compresses),
             kept=is_kept,
             positions=session.mirror.positions if is_kept else (),
             step_us=_microseconds(estimate.step_s),

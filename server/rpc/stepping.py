@@ -61,7 +61,9 @@ class StepRunner:
             await self._judge(session, step, frame, num_rows)
 
     async def _judge(self, session: ServerSession, step: pb.Step, frame: Frame, num_rows: int) -> None:
-        sequences = [SequenceStep(item.sequence, item.parent, item.start, item.count) for item in step.sequences]
+        sequences = [
+            SequenceStep(item.sequence, item.parent, item.start, item.count, item.unfinished) for item in step.sequences
+        ]
         try:
             verdict = session.mirror.judge(epoch=step.epoch, step=step.step, sequences=sequences, num_rows=num_rows)
         except SwarmError as error:
@@ -98,6 +100,7 @@ class StepRunner:
             hidden=hidden,
             on_done=on_done,
             adapter=session.adapter,
+            compresses=session.compresses,
         )
         session.works[step.step] = work
         self._engine.submit(work)

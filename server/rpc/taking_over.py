@@ -9,14 +9,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from swarm.errors import BadInputError, NoRouteError, PeerBusyError, PeerLostError, SwarmError
 from swarm.pb import node_pb2 as pb
 from swarm.server.engine.page_transfer import PageImport, page_format
+from swarm.server.rpc.compressed_offers import compression_terms
 from swarm.server.rpc.engine_calls import ask_engine, tell_engine
 from swarm.server.rpc.handover_offers import OfferedSession, check_offer, pages_in_a_message
 from swarm.wire.failures import failure_from_error
 from swarm.wire.frames import Frame, decode_frame, encode_frame
-from swarm.wire.limits import MAX_HANDOVER_HEADER_BYTES
+from swarm.wire.limits import MAX_HANDOVER_HEADER_BYTES, MAX_HANDOVER_PAGES_BYTES
 
 if TYPE_CHECKING:
     from swarm.server.engine.engine import Engine
@@ -65,8 +69,16 @@ class HandoverReceiver:
         if memory is None:
             raise NoRouteError("sessions run one at a time here and can not be moved")
         wanted = page_format(memory.store)
-        offer, _ = await messages.next(pb.HandoverOffer)
-        offered = check_offer(offer, self._model, wanted)
+        offer, frame = await messages.next(pb.HandoverOffer)
+        # In a thread: the tables of many long sequences take a while, and other sessions go on meanwhile.
+        offered = await asyncio.to_thread(
+            check_offer,
+            offer,
+            self._model,
+            wanted,
+            terms=compression_terms(memory, self._sessions.sizes, self._model),
+            tables=_read_tables(frame),
+        )
         await self._sessions.moves.expect(offered)
         transfer = PageImport(
             memory,
@@ -114,6 +126,20 @@ class HandoverReceiver:
                 raise BadInputError(f"{count} pages came in one message, with {offered.num_pages - first} to come")
             await ask_engine(self._engine, partial(transfer.load, first, frame.tensor(0)))
             first += count
+
+
+def _read_tables(frame: Frame) -> npt.NDArray[np.int32] | None:
+    """What came with an offer; None when nothing did. Raises BadInputError."""
+    if not frame.tensors:
+        return None
+    tensor = frame.tensors[0]
+    size_bytes = tensor.payload_end - tensor.payload_start
+    if tensor.dtype != "int32" or len(tensor.shape) != 1 or size_bytes > MAX_HANDOVER_PAGES_BYTES:
+        raise BadInputError(
+            f"tables are int32 [numbers] of at most {MAX_HANDOVER_PAGES_BYTES} bytes, not {tensor.dtype} {tensor.shape}"
+        )
+    tables: npt.NDArray[np.int32] = frame.tensor(0).numpy()
+    return tables
 
 
 class _Messages:

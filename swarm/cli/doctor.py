@@ -31,6 +31,14 @@ def doctor(
         ),
     ] = None,
     join: OptionalJoinOption = None,
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv",
+            metavar="none|gear|pyramid|pyramid+gear",
+            help="Count the model's KV tokens as a server with this policy would.",
+        ),
+    ] = "none",
     # How the model was named before it became an argument.
     model_option: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
     json: JsonOption = False,
@@ -44,7 +52,9 @@ def doctor(
     prepare_process(verbose)
     with json_only(json):
         from swarm.cli.open_client import check_join_addresses
+        from swarm.kvpolicy.settings import find_policy
 
+        policy = find_policy(kv)
         check_join_addresses(join or ())
         with TerminalProgress() as progress:
             progress.start("Examining this machine", None, "")
@@ -57,7 +67,7 @@ def doctor(
             fit: ModelReport | None = None
             if model is not None:
                 progress.start(f"Looking at {model}", None, "")
-                fit, finding = examine_model(model, progress, wants_identity=bool(join))
+                fit, finding = examine_model(model, progress, wants_identity=bool(join), policy=policy)
                 findings.append(finding)
             for address in join or ():
                 progress.start(f"Reaching {address}", None, "")
@@ -91,7 +101,8 @@ def _print_fit(report: ModelReport) -> None:
     from rich.table import Table
 
     num_blocks = report.num_blocks
-    table = Table(title=f"{report.name} on {report.device}", title_justify="left", box=None, pad_edge=False)
+    policy = "" if report.kv_policy == "none" else f", KV policy {report.kv_policy}"
+    table = Table(title=f"{report.name} on {report.device}{policy}", title_justify="left", box=None, pad_edge=False)
     table.add_column("--weights")
     for heading in ("MiB per block", "blocks that fit", "KV tokens beside them"):
         table.add_column(heading, justify="right")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from swarm.cli.examination import Finding
 from swarm.cli.failures import sentence_for
 from swarm.errors import SwarmError
+from swarm.kvpolicy.settings import FULL_CACHE, KVPolicy
 
 if TYPE_CHECKING:
+    from swarm.datatypes import ModelHash
     from swarm.models import ModelSource
-    from swarm.models.block_sizes import ModelShape
+    from swarm.models.block_sizes import BlockSizes, ModelShape
     from swarm.models.progress import ProgressReporter
     from swarm.server.capacity_plan import DeviceMemory
     from swarm.weights import Precision
@@ -52,6 +56,8 @@ class ModelReport:
     name: str
     num_blocks: int
     device: str
+    kv_policy: str
+    """As for `--kv`."""
     source: ModelSource | None
     """The model itself, where it was asked for."""
     rows: tuple[PrecisionRow, ...]
@@ -62,20 +68,22 @@ class ModelReport:
             "name": self.name,
             "num_blocks": self.num_blocks,
             "device": self.device,
+            "kv_policy": self.kv_policy,
             "fits": [row.to_json() for row in self.rows],
         }
 
 
 def examine_model(
-    name: str, report: ProgressReporter, *, wants_identity: bool = False
+    name: str, report: ProgressReporter, *, wants_identity: bool = False, policy: KVPolicy = FULL_CACHE
 ) -> tuple[ModelReport | None, Finding]:
     """How much of a model fits here in each precision, from its config alone; None where it was not found.
 
-    `wants_identity` looks at the weight files too, to know which servers have the same model.
+    `wants_identity` looks at the weight files too, to know which servers have the same model, and how the model was
+    calibrated.
     """
     from swarm.models import resolve_model, unsupported_reason
     from swarm.models.block_sizes import measure_model_shape
-    from swarm.models.source import read_config
+    from swarm.models.source import max_positions_of, read_config
     from swarm.server.device_memory import find_default_device, measure_device_memory
 
     try:
@@ -86,27 +94,55 @@ def examine_model(
         if reason is not None:
             return None, Finding(subject="model", verdict="problem", seen=reason, advice="choose another model")
         shape = measure_model_shape(config)
-        rows = fit_precisions(shape, device, measure_device_memory(device))
+        rows = fit_precisions(
+            shape,
+            device,
+            measure_device_memory(device),
+            policy=policy,
+            model_hash=source.model_hash if source is not None else None,
+            max_positions=max_positions_of(config),
+        )
     except SwarmError as error:
         return None, Finding(subject="model", verdict="problem", seen=sentence_for(error))
     num_blocks = len(shape.blocks)
-    fit = ModelReport(name=name, num_blocks=num_blocks, device=device, source=source, rows=tuple(rows))
-    return fit, judge_fit(name, num_blocks, rows)
+    fit = ModelReport(
+        name=name, num_blocks=num_blocks, device=device, kv_policy=policy.preset, source=source, rows=tuple(rows)
+    )
+    return fit, judge_fit(name, num_blocks, rows, kv_policy=policy.preset)
 
 
-def fit_precisions(shape: ModelShape, device: str, memory: DeviceMemory) -> list[PrecisionRow]:
-    """One row for each precision, most precise first; `device` is "cpu" or "cuda:N"."""
+def fit_precisions(
+    shape: ModelShape,
+    device: str,
+    memory: DeviceMemory,
+    *,
+    policy: KVPolicy = FULL_CACHE,
+    model_hash: ModelHash | None = None,
+    max_positions: int | None = None,
+) -> list[PrecisionRow]:
+    """One row for each precision, most precise first.
+
+    Args:
+        device: "cpu" or "cuda:N".
+        policy: by which KV tokens are counted.
+        model_hash: by which the model's calibration is found; None goes by defaults.
+        max_positions: context length of the model; None is a long one.
+    """
+    from swarm.server.planned_kv import sizes_under
     from swarm.weights import Precision
 
-    return [_fit_precision(shape, precision, device, memory) for precision in Precision]
+    def sizes_in(precision: Precision) -> BlockSizes:
+        return sizes_under(policy, shape, precision, device, model_hash=model_hash, max_positions=max_positions)
+
+    return [_fit_precision(precision, partial(sizes_in, precision), memory) for precision in Precision]
 
 
-def _fit_precision(shape: ModelShape, precision: Precision, device: str, memory: DeviceMemory) -> PrecisionRow:
+def _fit_precision(precision: Precision, measure: Callable[[], BlockSizes], memory: DeviceMemory) -> PrecisionRow:
     from swarm.server.capacity_plan import plan_capacity
 
     block_bytes: int | None = None
     try:
-        sizes = shape.sizes(precision, device)
+        sizes = measure()
         block_bytes = sum(sizes.weight_bytes) // sizes.num_blocks
         plan = plan_capacity(sizes, memory)
     except SwarmError as error:  # no room, or a package is missing for this precision
@@ -128,7 +164,7 @@ def _fit_precision(shape: ModelShape, precision: Precision, device: str, memory:
     )
 
 
-def judge_fit(name: str, num_blocks: int, rows: list[PrecisionRow]) -> Finding:
+def judge_fit(name: str, num_blocks: int, rows: list[PrecisionRow], *, kv_policy: str = FULL_CACHE.preset) -> Finding:
     """The doctor's line: the most precise way to hold the whole model, else the one that holds most of it."""
     best = next((row for row in rows if row.num_blocks == num_blocks), None) or max(
         rows, key=lambda row: row.num_blocks
@@ -141,6 +177,8 @@ def judge_fit(name: str, num_blocks: int, rows: list[PrecisionRow]) -> Finding:
             advice="free memory, or choose a smaller model",
         )
     command = f"swarm serve {name} --weights {best.weights}"
+    if kv_policy != FULL_CACHE.preset:
+        command = f"{command} --kv {kv_policy}"
     if best.num_blocks < num_blocks:
         command = f"{command} --num-blocks {best.num_blocks}"
     return Finding(subject="model", verdict="ok", seen=f"{name}: {best.sentence}", advice=command)

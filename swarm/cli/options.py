@@ -19,6 +19,7 @@ __all__ = [
     "JsonOption",
     "ModelArgument",
     "OptionalJoinOption",
+    "PolicyOption",
     "PrecisionOption",
     "VerboseOption",
     "WaitTimeoutOption",
@@ -76,6 +77,15 @@ PrecisionOption = Annotated[
         metavar="nf4|int8|bf16|fp32",
         help="Use only servers whose weights are at least this precise.",
         show_default="any",
+    ),
+]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="none|pyramid|gear|pyramid+gear",
+        help="Use only servers that keep caches under this policy or preset; all offer none, which is exact.",
+        show_default="as each server does",
     ),
 ]
 WaitTimeoutOption = Annotated[

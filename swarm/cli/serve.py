@@ -113,7 +113,13 @@ def serve(
     ] = None,
     kv: Annotated[
         str,
-        typer.Option("--kv", metavar="none", help="How the KV cache is compressed.", rich_help_panel=_SHARING),
+        typer.Option(
+            "--kv",
+            metavar="none|gear|pyramid|pyramid+gear",
+            help="How the KV cache is compressed, so that more and longer sessions fit; clients may still ask for"
+            " exact ones.",
+            rich_help_panel=_SHARING,
+        ),
     ] = "none",
     kv_memory: Annotated[
         str | None,
@@ -354,6 +360,7 @@ def _ready_object(node: Node) -> dict[str, object]:
         "kv_tokens_total": info.kv_tokens_total,
         "adapters": [{"name": adapter.name, "hash": adapter.adapter_hash} for adapter in info.adapters],
         "grpc_address": _grpc_address(info),
+        "kv_note": node.kv_note,
         "why": node.why,
         "plan": node.plan,
     }
@@ -370,6 +377,7 @@ def _print_banner(node: Node, source: ModelSource) -> None:
         f" {info.kv_policy}, room for {info.kv_tokens_total:,} tokens, {info.tokens_per_s:.0f} steps/s",
         f"Why these blocks: {node.why}.",
         f"What is where: {node.plan}.",
+        *([f"{node.kv_note}."] if node.kv_note else []),
         *([f"Why this precision: {node.weights_reason}."] if node.weights_reason else []),
         "",
         "Another machine joins with",

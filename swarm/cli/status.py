@@ -139,7 +139,7 @@ def _print_table(model: str, servers: Sequence[ServerInfo], coverage: Sequence[i
             Text(server.state.value, style="green" if server.state is ServerState.ONLINE else "yellow"),
             server.weights,
             server.kv_policy,
-            f"{server.kv_tokens_free:,}",
+            f"{server.kv_tokens_free:,} of {server.kv_tokens_total:,}",
             str(server.num_sessions),
             f"{server.tokens_per_s:.1f}",
             *([", ".join(adapter.name for adapter in server.adapters)] if offers_adapters else []),

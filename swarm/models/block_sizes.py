@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from swarm.weights import Precision, WeightFormat
 
-__all__ = ["BlockShape", "BlockSizes", "ModelShape", "measure_model_shape"]
+__all__ = ["BlockShape", "BlockSizes", "KVDims", "ModelShape", "measure_model_shape"]
 
 # Letters in shapes: N output features, K input features of a matrix.
 
@@ -79,14 +79,27 @@ class BlockShape:
         return in_matrices + self.num_other_weights * dtype_bytes
 
 
+class KVDims(NamedTuple):
+    """Keys and values of one token in one block."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The weights of all blocks, and what they keep of each token."""
 
     blocks: tuple[BlockShape, ...]
     hidden_size: int
-    kv_values_per_token: int
-    """Values that a block keeps of one token: keys and values of all KV heads."""
+    kv_dims: KVDims
+    """Of what a block keeps of one token."""
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values that a block keeps of one token: keys and values of all KV heads."""
+        return self.kv_dims.num_heads * (self.kv_dims.key_dim + self.kv_dims.value_dim)
 
     def sizes(self, precision: Precision, device: torch.device | str) -> BlockSizes:
         """What the blocks take on `device` ("cpu", "cuda:0").
@@ -136,7 +149,7 @@ def measure_model_shape(config: PreTrainedConfig) -> ModelShape:
     return ModelShape(
         blocks=tuple(_measure_block(block) for block in dissect(model, text_config).stack),
         hidden_size=int(text_config.hidden_size),
-        kv_values_per_token=_kv_values_per_token(text_config),
+        kv_dims=_kv_dims(text_config),
     )
 
 
@@ -150,12 +163,12 @@ def _measure_block(block: torch.nn.Module) -> BlockShape:
     return BlockShape(matrices=matrices, num_other_weights=num_weights - sum(n * k * count for n, k, count in matrices))
 
 
-def _kv_values_per_token(config: Any) -> int:
+def _kv_dims(config: Any) -> KVDims:
     """Keys and values of one token in one block, as transformers' attention hands them over."""
     num_heads = int(config.num_attention_heads)
     nope_dim = getattr(config, "qk_nope_head_dim", None)
     if nope_dim is not None:  # multi-head latent attention: heads are restored before they are stored
-        return num_heads * int(nope_dim + config.qk_rope_head_dim + config.v_head_dim)
+        return KVDims(num_heads, int(nope_dim + config.qk_rope_head_dim), int(config.v_head_dim))
     num_kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // num_heads
-    return 2 * int(num_kv_heads) * int(head_dim)
+    return KVDims(int(num_kv_heads), int(head_dim), int(head_dim))

@@ -19,7 +19,15 @@ from swarm.models.progress import ProgressReporter, SilentProgress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["DEMO_MODEL", "ModelSource", "default_cache_dir", "load_tokenizer", "read_config", "resolve_model"]
+__all__ = [
+    "DEMO_MODEL",
+    "ModelSource",
+    "default_cache_dir",
+    "load_tokenizer",
+    "max_positions_of",
+    "read_config",
+    "resolve_model",
+]
 
 DEMO_MODEL = "smollm2-135m-instruct"
 """The built-in model, which needs neither an account nor a hub."""
@@ -113,7 +121,7 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, report: ProgressR
         name=name,
         config=config,
         num_blocks=num_blocks,
-        max_positions=_max_positions(text_config),
+        max_positions=max_positions_of(config),
         model_hash=model_hash,
         location=location,
     )
@@ -219,9 +227,11 @@ def _read_config(name: str, folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _max_positions(config: Any) -> int | None:
+def max_positions_of(config: PreTrainedConfig) -> int | None:
+    """Context length of a model, None where its config states none."""
+    text_config: Any = config.get_text_config(decoder=True)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, key, None)
+        value = getattr(text_config, key, None)
         if isinstance(value, int) and value > 0:
             return value
     return None

@@ -100,7 +100,7 @@ class HandoverRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[HandoverOffer, _Mapping]] = ..., pages: _Optional[_Union[HandoverPages, _Mapping]] = ..., end: _Optional[_Union[HandoverEnd, _Mapping]] = ...) -> None: ...
 
 class HandoverOffer(_message.Message):
-    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints", "page_values", "dtype", "adapter", "is_client_away")
+    __slots__ = ("session_id", "epoch", "model_hash", "start", "end", "max_length", "max_sequences", "expected_tokens", "weights", "kv_policy", "page_tokens", "num_pages", "sequences", "checkpoints", "page_values", "dtype", "adapter", "is_client_away", "compressed")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class HandoverOffer(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     IS_CLIENT_AWAY_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     epoch: int
     model_hash: str
@@ -137,27 +138,72 @@ class HandoverOffer(_message.Message):
     dtype: str
     adapter: str
     is_client_away: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ..., page_values: _Optional[int] = ..., dtype: _Optional[str] = ..., adapter: _Optional[str] = ..., is_client_away: bool = ...) -> None: ...
+    compressed: CompressedPages
+    def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., model_hash: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_length: _Optional[int] = ..., max_sequences: _Optional[int] = ..., expected_tokens: _Optional[int] = ..., weights: _Optional[str] = ..., kv_policy: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[HandoverSequence, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[HandoverCheckpoint, _Mapping]]] = ..., page_values: _Optional[int] = ..., dtype: _Optional[str] = ..., adapter: _Optional[str] = ..., is_client_away: bool = ..., compressed: _Optional[_Union[CompressedPages, _Mapping]] = ...) -> None: ...
+
+class CompressedPages(_message.Message):
+    __slots__ = ("rules_hash", "page_bytes", "num_kv_heads", "tile_rows", "tiles_per_page", "row_bytes", "position_bytes", "has_scores", "slots_per_page", "num_sinks", "tail_slots", "raw_dtype")
+    RULES_HASH_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    TILE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TILES_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POSITION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HAS_SCORES_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SINKS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RAW_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    rules_hash: str
+    page_bytes: int
+    num_kv_heads: int
+    tile_rows: int
+    tiles_per_page: int
+    row_bytes: int
+    position_bytes: int
+    has_scores: bool
+    slots_per_page: int
+    num_sinks: int
+    tail_slots: int
+    raw_dtype: str
+    def __init__(self, rules_hash: _Optional[str] = ..., page_bytes: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., tile_rows: _Optional[int] = ..., tiles_per_page: _Optional[int] = ..., row_bytes: _Optional[int] = ..., position_bytes: _Optional[int] = ..., has_scores: bool = ..., slots_per_page: _Optional[int] = ..., num_sinks: _Optional[int] = ..., tail_slots: _Optional[int] = ..., raw_dtype: _Optional[str] = ...) -> None: ...
 
 class HandoverSequence(_message.Message):
-    __slots__ = ("sequence", "length", "pages")
+    __slots__ = ("sequence", "length", "pages", "tail", "raw_pages", "tile_pages")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    RAW_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TILE_PAGES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     length: int
     pages: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence: _Optional[int] = ..., length: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ...) -> None: ...
+    tail: CompressedTail
+    raw_pages: _containers.RepeatedScalarFieldContainer[int]
+    tile_pages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., length: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ..., tail: _Optional[_Union[CompressedTail, _Mapping]] = ..., raw_pages: _Optional[_Iterable[int]] = ..., tile_pages: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CompressedTail(_message.Message):
+    __slots__ = ("stored_end", "compressed_at")
+    STORED_END_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_AT_FIELD_NUMBER: _ClassVar[int]
+    stored_end: int
+    compressed_at: int
+    def __init__(self, stored_end: _Optional[int] = ..., compressed_at: _Optional[int] = ...) -> None: ...
 
 class HandoverCheckpoint(_message.Message):
-    __slots__ = ("epoch", "step", "positions")
+    __slots__ = ("epoch", "step", "positions", "tails")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TAILS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    tails: _containers.RepeatedCompositeFieldContainer[CompressedTail]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tails: _Optional[_Iterable[_Union[CompressedTail, _Mapping]]] = ...) -> None: ...
 
 class HandoverPages(_message.Message):
     __slots__ = ("first",)

@@ -142,16 +142,18 @@ class Step(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceStep, _Mapping]]] = ..., last_only: bool = ..., relay: bool = ..., replay_end: _Optional[int] = ...) -> None: ...
 
 class SequenceStep(_message.Message):
-    __slots__ = ("sequence", "parent", "start", "count")
+    __slots__ = ("sequence", "parent", "start", "count", "unfinished")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     parent: int
     start: int
     count: int
-    def __init__(self, sequence: _Optional[int] = ..., parent: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    unfinished: bool
+    def __init__(self, sequence: _Optional[int] = ..., parent: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., unfinished: bool = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("epoch", "step", "relay", "push_problem", "compute_us")

@@ -8,6 +8,7 @@ import pytest
 
 from swarm.datatypes import Span
 from swarm.errors import BadInputError
+from swarm.kvpolicy.settings import find_policy
 from swarm.models import load_span, resolve_model
 from swarm.server.engine.ragged import RaggedBackend
 from swarm.server.planning import plan_server
@@ -33,7 +34,10 @@ def test_a_plan_follows_the_kv_policy(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path / "m")
     source = resolve_model(str(tmp_path / "m"), cache_dir=tmp_path / "cache")
     plain = plan_server(source, Precision.FP32, "cpu", kv_bytes=2**20)
-    compressed = plan_server(source, Precision.FP32, "cpu", kv_bytes=2**20, kv_bytes_per_token=32)
-    assert compressed.kv_tokens // 4 == plain.kv_tokens
+    least_bytes = 64 * (2**20 // plain.kv_tokens)
+    compressed = plan_server(source, Precision.FP32, "cpu", kv_bytes=2**20, policy=find_policy("pyramid+gear"))
+    assert compressed.kv_tokens > 4 * plain.kv_tokens
+    with pytest.raises(BadInputError, match=r"hold 63 uncompressed tokens, .* give .* or more --kv-memory"):
+        plan_server(source, Precision.FP32, "cpu", kv_bytes=least_bytes - 1, policy=find_policy("pyramid+gear"))
     with pytest.raises(BadInputError, match=r"of KV alone do not fit .* give less --kv-memory"):
         plan_server(source, Precision.FP32, "cpu", kv_bytes=2**50, num_blocks=2)

@@ -60,6 +60,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "m", "--new-swarm", "--blocks", "3-5"], "--blocks 3-5 is not a span; give START:END"),
         (["serve", "m", "--new-swarm", "--blocks", "5:5"], "blocks 5:5 are not a span"),
         (["serve", "m", "--join", "h:1"], "did you mean grpc://h:1?"),
+        (["serve", "m", "--new-swarm", "--kv", "foo"], "there is no KV policy 'foo'; known are none, pyramid, gear,"),
+        (["doctor", "m", "--kv", "foo"], "there is no KV policy 'foo'"),
         (["status", "m", "--join", "/ip4/1.2.3.4/tcp/1"], "lacks the peer id"),
         (["bootstrap", "--join", "nowhere"], "is not an address to join at"),
         (["doctor", "--join", "nowhere"], "is not an address to join at"),

@@ -116,3 +116,22 @@ def test_without_hivemind_asking_still_works(monkeypatch: pytest.MonkeyPatch) ->
     finding = examination._examine_dht()
     assert finding.verdict == "warn"
     assert "grpc://" in finding.seen
+
+
+def test_kv_tokens_are_counted_under_a_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many more people fit is why somebody would want a policy; the command to copy must name it."""
+    monkeypatch.setattr(examination, "examine_machine", list)
+    build_tiny_config("llama").save_pretrained(tmp_path / "m")
+    token_bytes = []
+    for policy in ("none", "pyramid+gear"):
+        run(["doctor", str(tmp_path / "m"), "--json", "--kv", policy])
+        report = json.loads(capsys.readouterr().out)
+        assert report["model"]["kv_policy"] == policy
+        token_bytes += [
+            row["kv_bytes"] / row["kv_tokens"] for row in report["model"]["fits"] if row["weights"] == "fp32"
+        ]
+        advice = next(check["advice"] for check in report["checks"] if check["subject"] == "model")
+        assert ("--kv pyramid+gear" in advice) == (policy != "none")
+    assert token_bytes[0] > 4 * token_bytes[1]
