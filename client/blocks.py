@@ -62,6 +62,14 @@ class BlockSession(ABC):
     def num_failovers(self) -> int:
         """How often a hop was replaced."""
 
+    def room_to_take_back(self, sequence: int, start: int) -> int | None:
+        """How many tokens one step can append to a sequence at `start` so that taking back all but the first is cheap.
+
+        None: any number. Servers that compress can not undo what they have compressed, so the rest would have to be
+        sent again; 0 where that is so from the first token on.
+        """
+        return None
+
     @abstractmethod
     def step(self, inputs: Sequence[SequenceInput], *, last_only: bool = False) -> list[torch.Tensor]:
         """Run new tokens through all blocks.
@@ -83,6 +91,11 @@ class RemoteBlocks(ABC):
     @abstractmethod
     def num_blocks(self) -> int:
         """Blocks of the whole model."""
+
+    @property
+    def may_compress(self) -> bool:
+        """Whether a session opened now may be at servers that do not keep its whole cache as it is."""
+        return False
 
     @abstractmethod
     def open_session(self, *, max_length: int, num_sequences: int = 1) -> BlockSession:

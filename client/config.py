@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from swarm.datatypes import PeerId
+from swarm.kvpolicy.settings import find_policy
 from swarm.weights.precision import parse_precision
 
 __all__ = ["ClientConfig"]
@@ -43,6 +44,9 @@ class ClientConfig:
     """Name of a LoRA adapter that the servers are to add; None: the model as it is."""
     precision: str | None = None
     """Use only servers whose weights are at least this precise: nf4, int8, bf16 or fp32; None: any."""
+    kv_policy: str | None = None
+    """Keep sessions' caches under this KV policy, and use only servers that do: none (exact; every server does),
+    pyramid, gear, pyramid+gear or the name of a preset. None: as each server does by itself."""
     allowed_peers: Collection[PeerId] | None = None
     """Use only these peers; None allows all."""
     blocked_peers: Collection[PeerId] = ()
@@ -51,6 +55,8 @@ class ClientConfig:
     def __post_init__(self) -> None:
         if self.precision is not None:
             parse_precision(self.precision)
+        if self.kv_policy is not None:
+            find_policy(self.kv_policy)
         for name in ("request_timeout_s", "step_timeout_s", "connect_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"ClientConfig.{name} is {getattr(self, name)}; give seconds above 0")

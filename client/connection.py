@@ -18,7 +18,7 @@ from swarm.client.config import ClientConfig
 from swarm.client.peer_health import PeerExperience, PeerHealth
 from swarm.client.route_finder import RouteFinder
 from swarm.client.session.driver import SessionDriver
-from swarm.client.session.machine import SequenceRequest
+from swarm.client.session.parts import SequenceRequest
 from swarm.client.stateless import RunAllBlocks, StatelessRunner
 from swarm.client.transport.background import BackgroundLoop
 from swarm.client.transport.channels import ServerChannels
@@ -82,6 +82,10 @@ class SwarmBlocks(RemoteBlocks):
     @property
     def num_blocks(self) -> int:
         return self._num_blocks
+
+    @property
+    def may_compress(self) -> bool:
+        return self._loop.run(self._finder.may_compress())
 
     def servers(self) -> list[ServerInfo]:
         """Servers of this model that are known now."""
@@ -168,6 +172,10 @@ class SwarmSession(BlockSession):
     @property
     def num_failovers(self) -> int:
         return self._driver.num_failovers
+
+    def room_to_take_back(self, sequence: int, start: int) -> int | None:
+        """See BlockSession."""
+        return self._loop.run(self._driver.room_to_take_back(sequence, start))
 
     def step(self, inputs: Sequence[SequenceInput], *, last_only: bool = False) -> list[torch.Tensor]:
         """See BlockSession."""

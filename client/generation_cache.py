@@ -226,6 +226,21 @@ class GenerationCache(Cache):
             for row, is_now_done in zip(self._rows, is_done.tolist(), strict=True):
                 row.is_finished = row.is_finished or is_now_done
 
+    def num_candidates(self, num_columns: int) -> int | None:
+        """How many tokens beyond `num_columns` the next pass may try out; None: any number.
+
+        Wrong guesses are taken back, which servers that compress can do within limits.
+        """
+        row = self._rows[0] if self._rows else Row(source=0)
+        if self._session is None:
+            room = 0 if self._blocks.may_compress else None
+        else:
+            room = self._session.room_to_take_back(row.source, row.length)
+        if room is None:
+            return None
+        num_unsent = num_columns - (row.length if self._is_replay else self._num_columns)
+        return max(room - max(num_unsent, 0), 0)
+
     def plan(self, *, num_rows: int, num_columns: int, mask: torch.Tensor | None, num_outputs: int) -> CachePlan:
         """Decide what a forward pass has to send; see `plan_pass`.
 

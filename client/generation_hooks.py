@@ -48,12 +48,20 @@ class PromptStreamer(BaseStreamer):
 def bounded_candidates(
     get_candidates: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     max_length: int,
+    num_allowed: Callable[[int], int | None],
     input_ids: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Candidates [1, T + candidates] and their logits, leaving room for the token that follows the last of them."""
+    """Candidates [1, T + candidates] and their logits, leaving room for the token that follows the last of them.
+
+    Args:
+        num_allowed: how many candidates may follow so many columns; None: any number.
+    """
     candidate_ids, logits = get_candidates(input_ids, **kwargs)
-    candidate_ids = candidate_ids[:, : max_length - 1]
+    num_columns = input_ids.shape[1]
+    most = num_allowed(num_columns)
+    end = max_length - 1 if most is None else min(max_length - 1, num_columns + most)
+    candidate_ids = candidate_ids[:, :end]
     if logits is not None:
         logits = logits[:, : candidate_ids.shape[1] - input_ids.shape[1]]
     return candidate_ids, logits

@@ -188,7 +188,13 @@ class SwarmModelForCausalLM(RemoteModel, GenerationMixin):
         generator: Any = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         generation_config = kwargs["generation_config"]
         # Prompt lookup proposes tokens beyond the end, which transformers drops only after computing them.
-        generator.get_candidates = partial(bounded_candidates, generator.get_candidates, generation_config.max_length)
+        cache = _current_cache.get()
+        generator.get_candidates = partial(
+            bounded_candidates,
+            generator.get_candidates,
+            generation_config.max_length,
+            _any_number if cache is None else cache.num_candidates,
+        )
         return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -284,6 +290,10 @@ class SwarmModelForCausalLM(RemoteModel, GenerationMixin):
         if streamer is not None:
             kwargs["streamer"] = PromptStreamer(streamer, input_ids)
         return whole, input_ids, whole_mask
+
+
+def _any_number(num_columns: int) -> None:
+    """Without a cache nothing is taken back."""
 
 
 def _given_settings(kwargs: dict[str, Any], generation_config: GenerationConfig | None) -> dict[str, Any]:

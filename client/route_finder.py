@@ -16,6 +16,7 @@ from swarm.client.server_list import ServerList
 from swarm.client.session.recovery import gaps_between, hops_to_keep, plan_around
 from swarm.datatypes import Hop, ModelHash, PeerId, Route, ServerInfo, Span, blocks_without_server, format_blocks
 from swarm.errors import NoRouteError
+from swarm.kvpolicy.settings import FULL_CACHE, find_policy
 
 if TYPE_CHECKING:
     from swarm.client.session.holdings import Holding
@@ -47,6 +48,7 @@ class RouteFinder:
     ) -> None:
         self._list = ServerList(registry, model_hash, num_blocks, config, now_s=now_s)
         self._precision = config.precision
+        self._policy = None if config.kv_policy is None else find_policy(config.kv_policy)
         self._adapter = AdapterChoice(config.adapter, model_name=model_name, num_blocks=num_blocks)
         self._router = router
         self._model_name = model_name
@@ -69,6 +71,12 @@ class RouteFinder:
     def _usable(self) -> list[ServerInfo]:
         """Those remembered that hold the adapter, if one was chosen."""
         return self._adapter.usable(self._list.remembered)
+
+    async def may_compress(self) -> bool:
+        """Whether a session opened now may find servers that do not keep its whole cache as it is."""
+        if self._policy is not None:
+            return self._policy.compresses
+        return any(server.kv_policy != FULL_CACHE.preset for server in await self.servers())
 
     def remembered(self, peer: PeerId) -> ServerInfo | None:
         """What the last look-up said of a peer that this client may use."""
@@ -128,6 +136,9 @@ class RouteFinder:
         if self._precision is not None:
             option += f" --weights {self._precision}"
             precisely = f" in {self._precision} or more precisely"
+        if self._policy is not None and self._policy.compresses:
+            option += f" --kv {self._policy.preset}"
+            precisely += f" under the KV policy {self._policy.preset}"
         return NoRouteError(
             f"nobody serves block{'s' if len(missing) > 1 else ''} {format_blocks(missing)} of "
             f"{self._model_name}{precisely}{adapter.describe(self._list.remembered)} ({what_was_done}); "
@@ -180,8 +191,8 @@ class RouteFinder:
         self, avoided: Collection[PeerId], servers: Sequence[ServerInfo], held: Sequence[Holding], like: Sequence[Hop]
     ) -> Route:
         def plan_span(span: Span, avoid: Collection[PeerId]) -> Route:
-            kinds = {_kind(hop.server) for hop in like if hop.start < span.end and span.start < hop.end}
-            alike = [server for server in servers if _kind(server) in kinds]
+            kinds = {self._kind(hop.server) for hop in like if hop.start < span.end and span.start < hop.end}
+            alike = [server for server in servers if self._kind(server) in kinds]
             if alike and len(alike) < len(servers):
                 with contextlib.suppress(NoRouteError):
                     return self._plan_span(alike, span, avoid)
@@ -200,7 +211,6 @@ class RouteFinder:
             reliability=self._health.reliability(),
         )
 
-
-def _kind(server: ServerInfo) -> tuple[str, str]:
-    """What decides the numbers a server computes, beside the model."""
-    return server.weights, server.kv_policy
+    def _kind(self, server: ServerInfo) -> tuple[str, str]:
+        """What decides the numbers a server computes, beside the model; where all do the same, that does not count."""
+        return server.weights, server.kv_policy if self._policy is None else self._policy.preset

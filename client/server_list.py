@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from swarm.client.config import ClientConfig
+from swarm.client.session.policy_choice import serves_policy
 from swarm.datatypes import ModelHash, ServerInfo
 from swarm.weights.precision import at_least
 
@@ -46,6 +47,8 @@ class ServerList:
     def _may_use(self, server: ServerInfo) -> bool:
         config = self._config
         if config.precision is not None and not at_least(server.weights, config.precision):
+            return False
+        if not serves_policy(server, config.kv_policy):
             return False
         is_allowed = config.allowed_peers is None or server.peer_id in config.allowed_peers
         return is_allowed and server.peer_id not in config.blocked_peers

@@ -16,16 +16,25 @@ from swarm.client.route_finder import RouteFinder
 from swarm.client.session.blame import Blame
 from swarm.client.session.holdings import Holdings
 from swarm.client.session.inquiry import Inquiry
-from swarm.client.session.machine import SequenceRequest, SessionMachine, SessionState, StepPart, plan_parts
+from swarm.client.session.machine import SessionMachine, SessionState
 from swarm.client.session.opening import OpenedHop, RouteOpener
 from swarm.client.session.outputs import concatenate, outputs_by_request
+from swarm.client.session.parts import SequenceRequest, StepPart, moves_first, plan_parts
 from swarm.client.session.patience import Patience
 from swarm.client.session.recovery import last_to_restore
 from swarm.client.session.streams import SessionStreams
 from swarm.client.session.traffic import RouteTraffic
 from swarm.client.transport.channels import ServerChannels
 from swarm.datatypes import Hop, ModelHash, Route
-from swarm.errors import DeadlineError, PeerLostError, RetryElsewhereError, SessionClosedError, SwarmError
+from swarm.errors import (
+    DeadlineError,
+    PeerLostError,
+    RetryElsewhereError,
+    SessionClosedError,
+    SessionStateError,
+    SwarmError,
+)
+from swarm.kvpolicy.settings import KVPolicy
 from swarm.pb import session_pb2 as pb
 
 __all__ = ["SessionDriver"]
@@ -80,6 +89,10 @@ class SessionDriver:
         """Along the route opened last, whether or not it is still in use: what its hops say counts until the next."""
         self._last_hops: tuple[Hop, ...] = ()
         """Of the route that was in use last."""
+        self._policies: tuple[KVPolicy, ...] | None = None
+        """Those under which hops of the latest route compress; None before the first."""
+        self._is_going_back = False
+        """Whether the log was cut where servers could not follow, so that it is to be sent again."""
         self.num_failovers = 0
         """How often a server was replaced, or had to be sent the log again."""
         self._stepping: asyncio.Task[object] | None = None
@@ -95,6 +108,12 @@ class SessionDriver:
         """Our place in the queue of a server that is full; None when we do not wait."""
         return self._opener.queue_position
 
+    async def room_to_take_back(self, sequence: int, start: int) -> int | None:
+        """See BlockSession; between steps only."""
+        if self._policies is None:
+            return 0 if await self._finder.may_compress() else None
+        return self.machine.room_to_take_back(self._policies, sequence, start)
+
     async def step(self, requests: Sequence[SequenceRequest[torch.Tensor]], *, last_only: bool) -> list[torch.Tensor]:
         """Run new tokens through all blocks; outputs per request, [T, H] or the last row.
 
@@ -109,6 +128,7 @@ class SessionDriver:
             return await self._step_until(last_only)
         except BaseException as error:
             self._traffic = None  # servers may be anywhere in the step, so the next one begins with keeping
+            self._is_going_back = False
             if self.machine.state is not SessionState.CLOSED:
                 if self.machine.abandon_step():
                     self._holdings.go_back(held_before)
@@ -125,8 +145,12 @@ class SessionDriver:
         parts = plan_parts(pending, max_tokens=self._config.max_step_tokens)
         results: list[torch.Tensor] = []
         is_first_loss = True
+        must_go_back = not self.machine.can_go_back(self._policies or ())
         while True:
             try:
+                if must_go_back:
+                    parts = self._go_back_in_log(parts, results)
+                    must_go_back = False
                 if self._traffic is not None:
                     await self._traffic.heed_idle_events()
                 else:
@@ -142,6 +166,29 @@ class SessionDriver:
                     raise self._giving_up(error) from error
                 await asyncio.sleep(0 if had_route and is_first_loss else _RETRY_PAUSE_S)
                 is_first_loss = False
+                # Who compresses may know better than our record how far it can go back.
+                must_go_back = bool(self._policies) and _is_refusal_of_state(error)
+
+    def _go_back_in_log(
+        self, parts: Sequence[StepPart[torch.Tensor]], results: list[torch.Tensor]
+    ) -> list[StepPart[torch.Tensor]]:
+        """Let the log go back to where the parts without a result begin, so that servers which can not are sent it.
+
+        What they have compressed can not be undone; a replay of the log that is left leads them to where they would
+        be had they never gone further. Returns the parts anew.
+        """
+        done, waiting = list(parts[: len(results)]), parts[len(results) :]
+        planned = moves_first(waiting, self.machine.length)
+        if planned is None:
+            return list(parts)
+        moves, appending = planned
+        logger.info("going back to where servers can not; the log up to there is sent again")
+        self.machine.finish_part(moves)
+        self._traffic = None
+        self._holdings.make_stale()
+        self._is_going_back = True
+        results.append(moves.sequences[0].rows)
+        return [*done, moves, *appending]
 
     async def _run(
         self, parts: Sequence[StepPart[torch.Tensor]], results: list[torch.Tensor], *, last_only: bool
@@ -195,13 +242,15 @@ class SessionDriver:
             route, self._wanted(parts), machine.lengths, traffic.events.put, use_push=is_pushing
         )
         traffic.begin(opened)
+        self._policies = traffic.compressing_policies()
         has_restored = await self._restore(traffic, opened)
         self._dismiss_unclaimed(route.hops)
         self._holdings.keep_only(route.hops)
         self._streams.leave_others([hop.peer_id for hop in route.hops])
         if machine.state is SessionState.RECOVERING:
             machine.recover_route()
-        self._note_failover(route, has_restored=has_restored)
+        self._note_failover(route, has_restored=has_restored and not self._is_going_back)
+        self._is_going_back = False
         self._traffic = traffic
 
     async def _find_route(self) -> Route:
@@ -222,8 +271,8 @@ class SessionDriver:
 
     async def _restore(self, traffic: RouteTraffic, opened: Sequence[OpenedHop]) -> bool:
         """Send the log to hops that lack it, through those before them; says whether that was needed."""
-        log = self.machine.log(concatenate)
-        last_hop = last_to_restore([item.has_kept for item in opened]) if log else None
+        has_log = any(self.machine.lengths)
+        last_hop = last_to_restore([item.has_kept for item in opened]) if has_log else None
         if last_hop is None:
             self._patience.begin_attempt(sum(self.machine.lengths))
             return False
@@ -231,7 +280,12 @@ class SessionDriver:
         hops = traffic.hops[: last_hop + 1]
         logger.info("sending %d tokens again to blocks 0:%d", sum(self.machine.lengths), hops[-1].end)
         self._holdings.begin_restoring(hops)
-        step = await traffic.restore(plan_parts(log, max_tokens=self._config.max_step_tokens), last_hop)
+        replay = self.machine.replay(
+            concatenate,
+            policies=traffic.compressing_policies(last_hop),
+            max_tokens=self._config.max_step_tokens,
+        )
+        step = await traffic.restore(replay, last_hop)
         self._holdings.restored(hops, epoch=self.machine.epoch, step=step)
         return True
 
@@ -276,3 +330,8 @@ class SessionDriver:
         self._dismiss_unclaimed(self._traffic.hops if self._traffic is not None else ())
         self._traffic = None
         await self._streams.leave_all(timeout_s=3.0)
+
+
+def _is_refusal_of_state(error: SwarmError) -> bool:
+    """Whether a server refused a step because of where it stands."""
+    return isinstance(error, SessionStateError) or isinstance(error.__cause__, SessionStateError)

@@ -26,6 +26,8 @@ class Holding:
     step: int
     server: ServerInfo | None
     """What is known of it; None for a successor that we have only been told of."""
+    is_stale: bool = False
+    """Whether it is of no use any more, though its server is: the log has gone back to where servers can not."""
 
 
 class Holdings:
@@ -45,7 +47,7 @@ class Holdings:
     def of(self, hop: Hop) -> Holding | None:
         """What a hop can be asked to keep; a copy of other blocks is of no use to it."""
         holding = self._by_peer.get(hop.peer_id)
-        return holding if holding is not None and holding.span == hop.span else None
+        return holding if holding is not None and holding.span == hop.span and not holding.is_stale else None
 
     def commit(self, hops: Sequence[Hop], *, epoch: int, step: int) -> None:
         """A step is part of the log and done at these hops; all other copies are behind it now."""
@@ -74,6 +76,10 @@ class Holdings:
     def forget(self, peer: PeerId) -> None:
         """What this server holds is gone, or can not be trusted."""
         self._by_peer.pop(peer, None)
+
+    def make_stale(self) -> None:
+        """The log has gone back to where servers can not: they are still preferred, and are sent the log again."""
+        self._by_peer = {peer: replace(holding, is_stale=True) for peer, holding in self._by_peer.items()}
 
     def keep_only(self, hops: Sequence[Hop]) -> None:
         """The others have been told that the session is over for them."""

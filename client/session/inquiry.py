@@ -93,7 +93,9 @@ class Inquiry:
             # What it refuses came from another server; carried by us, every output is checked.
             self._holdings.forget(hop.peer_id)
             self._blame.search()
-            return PeerFaultError(str(error))
+            fault = PeerFaultError(str(error))
+            fault.__cause__ = error
+            return fault
         return await self._into_refusal(hop, error)
 
     async def into_refused_open(self, hop: Hop, error: SwarmError) -> SwarmError:

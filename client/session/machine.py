@@ -3,10 +3,10 @@
     NEW ──▶ OPEN ⇄ STEPPING        STEPPING ──▶ RECOVERING ──▶ STEPPING
     any but CLOSED ──▶ CLOSED      STEPPING, RECOVERING ──▶ NEW   (the step was given up; nothing is lost)
 
-A session is a log: the inputs of every position of every sequence. Servers only cache what follows from
-it, so a lost server is a matter of sending part of the log again at a higher epoch. This module is the one
-place that knows epoch, lengths and history; the driver asks it what to send. A long step becomes history part by
-part, so that a loss near its end costs no more than what was lost.
+A session is a log: the inputs of every position of every sequence, and in which steps they came. Servers only cache
+what follows from it, so a lost server is a matter of sending part of the log again at a higher epoch. This module is
+the one place that knows epoch, lengths and history; the driver asks it what to send. A long step becomes history
+part by part, so that a loss near its end costs no more than what was lost.
 """
 
 from __future__ import annotations
@@ -14,20 +14,14 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, TypeVar
 
+from swarm.client.session.parts import Rows, SequenceRequest, StepPart, plan_parts
+from swarm.client.session.step_record import StepRecord
 from swarm.errors import BadInputError, LengthLimitError, SessionClosedError
+from swarm.kvpolicy.settings import KVPolicy
 
-__all__ = ["Rows", "SequenceRequest", "SessionMachine", "SessionState", "StepPart", "plan_parts"]
-
-
-class Rows(Protocol):
-    """Consecutive tokens' inputs; a tensor [T, H] in real use, anything sliceable in tests."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Self: ...
+__all__ = ["SessionMachine", "SessionState"]
 
 
 R = TypeVar("R", bound=Rows)
@@ -52,38 +46,26 @@ _MOVES: dict[SessionState, frozenset[SessionState]] = {
 }
 
 
-@dataclass(frozen=True)
-class SequenceRequest(Generic[R]):
-    """New tokens for one sequence: continue `parent`'s first `start` positions by `rows`."""
-
-    sequence: int
-    parent: int
-    start: int
-    rows: R
-
-
-@dataclass(frozen=True)
-class StepPart(Generic[R]):
-    """What goes into one step on the wire."""
-
-    sequences: tuple[SequenceRequest[R], ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(item.rows) for item in self.sequences)
-
-
 class _History(Generic[R]):
     """Inputs of one sequence from position 0, as shared chunks: a fork copies references, never rows."""
 
-    __slots__ = ("_chunks", "length")
+    __slots__ = ("_chunks", "record")
 
-    def __init__(self, chunks: tuple[R, ...] = ()) -> None:
+    def __init__(self, chunks: Sequence[R] = (), record: StepRecord | None = None) -> None:
         self._chunks = list(chunks)
-        self.length = sum(len(chunk) for chunk in chunks)
+        self.record = record or StepRecord()
 
-    def first(self, length: int) -> tuple[R, ...]:
-        """The first `length` positions as chunks."""
+    @property
+    def length(self) -> int:
+        return self.record.length
+
+    @property
+    def chunks(self) -> Sequence[R]:
+        """All inputs."""
+        return self._chunks
+
+    def first(self, length: int) -> _History[R]:
+        """The history of the first `length` positions."""
         taken: list[R] = []
         missing = length
         for chunk in self._chunks:
@@ -91,15 +73,15 @@ class _History(Generic[R]):
                 break
             taken.append(chunk if len(chunk) <= missing else chunk[:missing])
             missing -= len(chunk)
-        return tuple(taken)
+        return _History(taken, self.record.first(length))
 
     def copy(self) -> _History[R]:
-        return _History(tuple(self._chunks))
+        return self.first(self.length)
 
-    def append(self, rows: R) -> None:
+    def append(self, rows: R, *, is_unfinished: bool) -> None:
         if len(rows):
             self._chunks.append(rows)
-            self.length += len(rows)
+            self.record.note(len(rows), is_unfinished=is_unfinished)
 
 
 class SessionMachine(Generic[R]):
@@ -187,11 +169,11 @@ class SessionMachine(Generic[R]):
             parent = parents[item.parent]
             if item.parent == item.sequence and item.start == parent.length and num_readers[item.parent] == 1:
                 # The common case of appending; a parent that others read too must stay as it was for them.
-                parent.append(item.rows)
+                parent.append(item.rows, is_unfinished=item.is_unfinished)
                 updated[item.sequence] = parent
                 continue
-            history = _History(parent.first(item.start))
-            history.append(item.rows)
+            history = parent.first(item.start)
+            history.append(item.rows, is_unfinished=item.is_unfinished)
             updated[item.sequence] = history
         self._histories.update(updated)
 
@@ -217,13 +199,52 @@ class SessionMachine(Generic[R]):
         """All servers stand where the log ends; the step under way can go on."""
         self._move(SessionState.STEPPING)
 
+    def can_go_back(self, policies: Sequence[KVPolicy]) -> bool:
+        """Whether servers of these policies can do exactly what the step under way forgets or forks."""
+        return all(
+            item.start >= history.length or history.record.can_rewind(policies, item.start)
+            for item in self._pending
+            if (history := self._histories.get(item.parent)) is not None
+        )
+
+    def room_to_take_back(self, policies: Sequence[KVPolicy], sequence: int, start: int) -> int | None:
+        """How many tokens servers of these policies can append at `start`, and forget again but for the first.
+
+        None: any number.
+        """
+        history = self._histories.get(sequence)
+        return (StepRecord() if history is None else history.record).room(policies, start)
+
     def log(self, concatenate: Callable[[Sequence[R]], R]) -> tuple[SequenceRequest[R], ...]:
         """All of history, one request per sequence: what fresh servers must see to stand where we are."""
         return tuple(
-            SequenceRequest(sequence, sequence, 0, concatenate(history.first(history.length)))
+            SequenceRequest(sequence, sequence, 0, concatenate(history.chunks))
             for sequence, history in sorted(self._histories.items())
             if history.length
         )
+
+    def replay(
+        self, concatenate: Callable[[Sequence[R]], R], *, policies: Sequence[KVPolicy], max_tokens: int
+    ) -> list[StepPart[R]]:
+        """The log as the steps to send to fresh servers.
+
+        Servers that compress must see inputs begin and end where they did, or they would keep other tokens.
+
+        Args:
+            policies: those under which any of the servers compress; without any only the size of a step matters.
+            max_tokens: of one step.
+        """
+        log = self.log(concatenate)
+        if not policies:
+            return plan_parts(log, max_tokens=max_tokens)
+        parts: list[StepPart[R]] = []
+        for item in log:
+            for step in self._histories[item.sequence].record.segments(policies, max_tokens=max_tokens):
+                piece = SequenceRequest(
+                    item.sequence, item.sequence, step.start, item.rows[step.start : step.end], step.is_unfinished
+                )
+                parts.extend(plan_parts([piece], max_tokens=max_tokens))
+        return parts
 
     def close(self) -> None:
         """End; harmless when repeated."""
@@ -236,38 +257,3 @@ class SessionMachine(Generic[R]):
         if state not in _MOVES[self.state]:
             raise RuntimeError(f"a session can not go from {self.state.value} to {state.value}")
         self.state = state
-
-
-def plan_parts(requests: Sequence[SequenceRequest[R]], *, max_tokens: int) -> list[StepPart[R]]:
-    """Cut a step into parts of at most `max_tokens` tokens that are sent one after the other.
-
-    When more than one part is needed, forks go first, all together and without tokens, because each of
-    them means the state before the step.
-    """
-    if sum(len(item.rows) for item in requests) <= max_tokens:
-        return [StepPart(tuple(requests))]
-    parts: list[StepPart[R]] = []
-    moves = tuple(
-        SequenceRequest(item.sequence, item.parent, item.start, item.rows[:0])
-        for item in requests
-        if item.parent != item.sequence
-    )
-    if moves:
-        parts.append(StepPart(moves))
-    current: list[SequenceRequest[R]] = []
-    room = max_tokens
-    for item in requests:
-        if not len(item.rows) and item.parent == item.sequence:
-            current.append(item)
-        done = 0
-        while done < len(item.rows):
-            rows = item.rows[done : done + room]
-            current.append(SequenceRequest(item.sequence, item.sequence, item.start + done, rows))
-            done += len(rows)
-            room -= len(rows)
-            if room == 0:
-                parts.append(StepPart(tuple(current)))
-                current, room = [], max_tokens
-    if current:
-        parts.append(StepPart(tuple(current)))
-    return parts

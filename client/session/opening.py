@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from swarm.client.adapter_choice import adapter_hash_on
 from swarm.client.session.patience import Patience
+from swarm.client.session.policy_choice import PolicyChoice
 from swarm.client.transport.hop_stream import HopEvent, HopStream
 from swarm.datatypes import ModelHash, Route
 from swarm.errors import DeadlineError, PeerFaultError, RetryElsewhereError, SwarmError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from swarm.client.session.streams import SessionStreams
     from swarm.client.transport.channels import ServerChannels
     from swarm.datatypes import Hop
+    from swarm.kvpolicy.settings import KVPolicy
 
 __all__ = ["OpenedHop", "RouteOpener"]
 
@@ -41,6 +43,8 @@ class OpenedHop:
     opened: pb.Opened
     has_kept: bool
     """Whether it stands where we asked it to stand."""
+    policy: KVPolicy
+    """Under which it keeps the session's cache."""
 
 
 class RouteOpener:
@@ -66,6 +70,7 @@ class RouteOpener:
         self._streams = streams
         self._patience = patience
         self._config = config
+        self._policy_choice = PolicyChoice(config.kv_policy)
         self._session_id = os.urandom(16)
         self.queue_position: int | None = None
         """Our place in the queue of a server that is full; None when we do not wait."""
@@ -104,17 +109,22 @@ class RouteOpener:
                 # What retrying can not mend is said first.
                 raise min(problems, key=lambda problem: isinstance(problem, RetryElsewhereError))
             replies = [result for result in opened if isinstance(result, pb.Opened)]
-        return [
+        hops = [
             OpenedHop(
                 stream=stream,
                 opened=reply,
                 has_kept=request.HasField("keep") and reply.kept and _same(reply.positions, positions),
+                policy=self._policy_choice.check(request.kv_policy, reply.kv_policy, stream.hop.peer_id),
             )
             for stream, request, reply in zip(streams, requests, replies, strict=True)
         ]
+        for item in hops:
+            self._policy_choice.note(item.stream.hop.peer_id, item.policy)
+        return hops
 
     def _request(self, wanted: pb.Open, route: Route, index: int, *, use_push: bool) -> pb.Open:
         hop = route.hops[index]
+        holding = self._holdings.of(hop)
         request = pb.Open(
             session_id=self._session_id,
             model_hash=self._model_hash,
@@ -122,9 +132,9 @@ class RouteOpener:
             end=hop.end,
             adapter=adapter_hash_on(hop.server, self._config.adapter),
             protocol=PROTOCOL_VERSION,
+            kv_policy=self._policy_choice.ask(hop.server, keeps=holding is not None),
         )
         request.MergeFrom(wanted)
-        holding = self._holdings.of(hop)
         if holding is not None:
             request.keep.epoch, request.keep.step = holding.epoch, holding.step
         if use_push and index + 1 < len(route.hops):
@@ -198,6 +208,7 @@ class RouteOpener:
             )
             if opened.peer_id != hop.peer_id:
                 raise PeerFaultError(f"whoever answers at {hop.server.addresses[0]} is not {hop.peer_id}")
+            self._policy_choice.check(request.kv_policy, opened.kv_policy, hop.peer_id)
         except SwarmError as error:
             found = await self._inquiry.into_refused_open(hop, error)
             if found is error:

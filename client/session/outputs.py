@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from swarm.client.session.machine import SequenceRequest, StepPart
+from swarm.client.session.parts import SequenceRequest, StepPart
 from swarm.datatypes import PeerId
 from swarm.errors import PeerFaultError
 from swarm.wire.frames import Frame

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.client.session.machine import StepPart
 from swarm.client.session.outputs import check_output, rows_of
 from swarm.client.session.pace import HopPace, RoutePace
+from swarm.client.session.parts import StepPart
 from swarm.client.transport.hop_stream import HopEvent, HopStream
 from swarm.datatypes import Hop, Route
 from swarm.errors import PeerFaultError, PeerLeavingError, PeerLostError, RetryElsewhereError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from swarm.client.session.inquiry import Inquiry
     from swarm.client.session.opening import OpenedHop
     from swarm.client.session.patience import Patience
+    from swarm.kvpolicy.settings import KVPolicy
 
 __all__ = ["OnPart", "RouteTraffic"]
 
@@ -75,6 +76,7 @@ class RouteTraffic:
         self._config = config
         self.events: asyncio.Queue[HopEvent] = asyncio.Queue(_MAX_EVENTS)
         self._streams: list[HopStream] = []
+        self._policies: list[KVPolicy] = []
         self._pace = RoutePace([])
         self._step = 0
         """Number of the last step sent in this epoch."""
@@ -88,9 +90,15 @@ class RouteTraffic:
     def hops(self) -> tuple[Hop, ...]:
         return self.route.hops
 
+    def compressing_policies(self, last_hop: int | None = None) -> tuple[KVPolicy, ...]:
+        """Policies under which hops, up to `last_hop`, compress; each once."""
+        policies = self._policies if last_hop is None else self._policies[: last_hop + 1]
+        return tuple(dict.fromkeys(policy for policy in policies if policy.compresses))
+
     def begin(self, opened: Sequence[OpenedHop]) -> None:
         """All hops are open."""
         self._streams = [item.stream for item in opened]
+        self._policies = [item.policy for item in opened]
         self._pace = RoutePace(
             [HopPace.announced(step_us=item.opened.step_us, token_us=item.opened.token_us) for item in opened]
         )
@@ -194,7 +202,13 @@ class RouteTraffic:
             epoch=self._epoch,
             step=self._step,
             sequences=[
-                pb.SequenceStep(sequence=item.sequence, parent=item.parent, start=item.start, count=len(item.rows))
+                pb.SequenceStep(
+                    sequence=item.sequence,
+                    parent=item.parent,
+                    start=item.start,
+                    count=len(item.rows),
+                    unfinished=item.is_unfinished,
+                )
                 for item in part.sequences
             ],
             last_only=last_only and self.is_pushing,

@@ -16,6 +16,7 @@ from swarm.cli.options import (
     AdapterOption,
     JoinOption,
     ModelArgument,
+    PolicyOption,
     PrecisionOption,
     VerboseOption,
     WaitTimeoutOption,
@@ -48,6 +49,7 @@ def chat(
     ] = None,
     adapter: AdapterOption = None,
     precision: PrecisionOption = None,
+    kv: PolicyOption = None,
     wait_timeout: WaitTimeoutOption = 30.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -62,7 +64,9 @@ def chat(
     from swarm.cli.open_client import open_client
 
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision)
+    remote, tokenizer = open_client(
+        model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision, kv_policy=kv
+    )
     with remote, Conversation(remote, tokenizer, settings) as conversation:
         if sys.stdin.isatty():
             say(_HELP, style="dim")

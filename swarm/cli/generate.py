@@ -11,6 +11,7 @@ from swarm.cli.options import (
     JoinOption,
     JsonOption,
     ModelArgument,
+    PolicyOption,
     PrecisionOption,
     VerboseOption,
     WaitTimeoutOption,
@@ -42,6 +43,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")] = False,
     adapter: AdapterOption = None,
     precision: PrecisionOption = None,
+    kv: PolicyOption = None,
     wait_timeout: WaitTimeoutOption = 30.0,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
@@ -56,7 +58,9 @@ def generate(
         from swarm.cli.open_client import open_client
 
         settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        remote, tokenizer = open_client(model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision)
+        remote, tokenizer = open_client(
+            model, join, wait_timeout_s=wait_timeout, adapter=adapter, precision=precision, kv_policy=kv
+        )
         with remote:
             result = answer(
                 remote, tokenizer, prompt, settings, is_raw=raw, on_text=write_text if not json else lambda text: None

@@ -30,6 +30,7 @@ def open_client(
     wait_timeout_s: float,
     adapter: str | None = None,
     precision: str | None = None,
+    kv_policy: str | None = None,
 ) -> tuple[SwarmModelForCausalLM, PreTrainedTokenizerBase]:
     """The model and its tokenizer; close the model when done.
 
@@ -37,6 +38,7 @@ def open_client(
         wait_timeout_s: how long to wait for blocks that nobody serves yet.
         adapter: name of a LoRA adapter to use; None: the model as it is.
         precision: of the servers' weights at least; None: any.
+        kv_policy: under which servers are to keep the session's cache; None: as each does by itself.
 
     Raises: as `SwarmModelForCausalLM.from_pretrained`.
     """
@@ -54,6 +56,7 @@ def open_client(
             no_route_wait_s=wait_timeout_s,
             adapter=adapter,
             precision=precision,
+            kv_policy=kv_policy,
         )
         try:
             return model, load_tokenizer(model_name)

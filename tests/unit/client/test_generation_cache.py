@@ -7,6 +7,7 @@ import torch
 
 from swarm.client.block_pass import SessionPass, StatelessPass
 from swarm.client.generation_cache import GenerationCache
+from swarm.client.generation_hooks import bounded_candidates
 from swarm.errors import BadInputError, LengthLimitError, SessionClosedError
 from tests.cumulative_blocks import CumulativeBlocks, CumulativeSession
 
@@ -219,3 +220,34 @@ def test_a_stateless_pass_sends_tokens_only_and_carries_gradients() -> None:
     output.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.squeeze(-1).tolist() == [[2.0, 1.0], [1.0, 0.0]]
+
+
+def test_candidates_are_no_more_than_can_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking back what a server has compressed means sending everything again, at every wrong guess."""
+    driver = Driver()
+    assert driver.cache.num_candidates(3) is None
+    monkeypatch.setattr(CumulativeBlocks, "may_compress", True)
+    assert driver.cache.num_candidates(3) == 0, "the first step goes to servers that nobody knows yet"
+    driver.show([[1, 2, 3]])
+    assert driver.cache.num_candidates(4) is None
+    asked: list[tuple[int, int]] = []
+
+    def room(session: CumulativeSession, sequence: int, start: int) -> int | None:
+        asked.append((sequence, start))
+        return 6
+
+    monkeypatch.setattr(CumulativeSession, "room_to_take_back", room)
+    assert driver.cache.num_candidates(4) == 5, "one token has been chosen and not been sent"
+    assert driver.cache.num_candidates(12) == 0
+    driver.show([[4, 5, 6]])
+    driver.cache.crop(-4)
+    assert driver.cache.num_candidates(3) == 5
+    assert asked == [(0, 3), (0, 3), (0, 2)]
+    calls: list[torch.Tensor] = []
+
+    def propose(input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(input_ids)
+        return torch.arange(input_ids.shape[1] + 20)[None], torch.zeros(1, 20, 7)
+
+    ids, logits = bounded_candidates(propose, 100, driver.cache.num_candidates, torch.arange(3)[None])
+    assert logits is not None and ids.shape == (1, 8) and logits.shape == (1, 5, 7)

@@ -85,3 +85,20 @@ def test_a_log_that_goes_back_takes_the_copies_with_it() -> None:
     assert points(holdings) == {"left": (1, 3), "middle": (1, 3), "right": (1, 3)}
     holdings.forget(PeerId("left"))
     assert set(points(holdings)) == {"middle", "right"}
+
+
+def test_what_is_stale_is_preferred_but_not_kept() -> None:
+    """After the log went back to where servers can not, they are sent it again rather than others."""
+    holdings = Holdings()
+    holdings.commit(ROUTE, epoch=1, step=3)
+    saved = holdings.save()
+    holdings.make_stale()
+    assert [item.peer_id for item in holdings.all()] == ["right", "middle", "left"]
+    assert [holdings.of(each) for each in ROUTE] == [None, None, None]
+    holdings.hand_over(LEFT.peer_id, PeerId("heir"))
+    assert all(item.is_stale for item in holdings.all())
+    holdings.restored(ROUTE, epoch=2, step=1)
+    assert point(holdings.of(LEFT)) == (2, 1)
+    holdings.make_stale()
+    holdings.go_back(saved)
+    assert point(holdings.of(RIGHT)) == (1, 3), "an abandoned step leaves the log as it was"

@@ -189,3 +189,32 @@ async def test_blocked_and_unlisted_peers_are_never_used() -> None:
     with pytest.raises(NoRouteError) as raised:
         await peers(make_finder(*servers, allowed_peers=["left"]))
     assert raised.value.missing_blocks == tuple(range(6, 12))
+
+
+async def test_only_servers_of_the_wanted_policy_are_used() -> None:
+    """Who asks for exact caches gets them anywhere; who asks for others is told what nobody serves."""
+    servers = [make_server("plain", 0, 12), make_server("gear", 0, 12, kv_policy="gear")]
+    assert await peers(make_finder(*servers, kv_policy="gear")) == ["gear"]
+    assert await peers(make_finder(servers[1], kv_policy="none")) == ["gear"]
+    with pytest.raises(NoRouteError, match=r"blocks 0-11 of tiny under the KV policy pyramid .* --kv pyramid`$"):
+        await peers(make_finder(*servers, kv_policy="pyramid"))
+
+
+async def test_other_policies_are_no_other_kind_to_who_asks_for_exact_caches() -> None:
+    """All servers compute the same for it, so a better route is not passed by for the sake of likeness."""
+    left, right = make_server("left", 0, 6), make_server("right", 6, 12)
+    whole = make_server("whole", 6, 12, kv_policy="gear")
+    lost = Hop(server=right, span=right.span)
+    for policy, expected in (("none", {"right", "whole"}), (None, {"right"})):
+        finder = make_finder(left, right, whole, kv_policy=policy)
+        found = {(await finder.find(wait_s=0.0, like=[lost])).hops[1].peer_id for _ in range(40)}
+        assert found == expected
+
+
+async def test_whether_caches_may_be_compressed_is_known_before_a_route_is() -> None:
+    """Candidates are tried out with the first step already."""
+    plain, gear = make_server("plain", 0, 12), make_server("gear", 0, 12, kv_policy="gear")
+    assert not await make_finder(plain).may_compress()
+    assert await make_finder(plain, gear).may_compress()
+    assert not await make_finder(plain, gear, kv_policy="none").may_compress()
+    assert await make_finder(kv_policy="gear").may_compress()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.session.machine import SequenceRequest, SessionMachine, SessionState, plan_parts
+from swarm.client.session.machine import SessionMachine, SessionState
+from swarm.client.session.parts import SequenceRequest, plan_parts
 from swarm.errors import BadInputError, LengthLimitError, SessionClosedError
 from swarm.server.session_mirror import SequenceStep, SessionMirror, Verdict
 

@@ -1,0 +1,121 @@
+"""A compressing swarm of the real demo model: what a user asks of it, and what a lost server costs."""
+
+from __future__ import annotations
+
+import contextlib
+import pydoc_data.topics
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import swarm
+from swarm.models import resolve_model
+from tests.cli_processes import Node, run_swarm, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+MODEL = "smollm2-135m-instruct"
+POLICY = "pyramid+gear"
+PROMPT_TOKENS = 900
+"""Two messages on the wire, and so many blocks beyond the tail that most of them are dropped."""
+NEW_TOKENS = 56
+"""Three events on the way."""
+
+
+@dataclass(frozen=True)
+class DemoSwarm:
+    first: Node
+    seconds: list[Node]
+
+    @property
+    def address(self) -> str:
+        return self.first.address
+
+
+def serve(blocks: str, *join: str) -> contextlib.AbstractContextManager[Node]:
+    return running("serve", MODEL, *join, "--blocks", blocks, "--kv", POLICY, "--host", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def demo_swarm() -> Iterator[DemoSwarm]:
+    """One server of the first blocks, two of the others."""
+    with serve("0:13", "--new-swarm") as first, contextlib.ExitStack() as stack:
+        yield DemoSwarm(first, [stack.enter_context(serve("13:30", "--join", first.address)) for _ in range(2)])
+
+
+@pytest.fixture(scope="module")
+def prompt_ids() -> torch.Tensor:
+    """A long passage, [1, PROMPT_TOKENS]."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL).folder)
+    ids: list[int] = tokenizer(pydoc_data.topics.topics["typesmapping"])["input_ids"]
+    assert len(ids) > PROMPT_TOKENS
+    return torch.tensor([ids[:PROMPT_TOKENS]])
+
+
+class AtToken:
+    """A streamer that does something when the answer has so many tokens."""
+
+    def __init__(self, token: int, act: Callable[[], None]) -> None:
+        self._left = token + 1  # the prompt comes first
+        self._act = act
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._left == 0:
+            self._act()
+        self._left -= 1
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, prompt_ids: torch.Tensor, **options: Any) -> list[int]:
+    output = model.generate(
+        input_ids=prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        **options,
+    )
+    ids: list[int] = output[0, prompt_ids.shape[1] :].tolist()
+    return ids
+
+
+def test_the_policy_is_announced_as_capacity(demo_swarm: DemoSwarm) -> None:
+    """Room is told in tokens under the policy: about ten times what exact sessions of 16 bit would find."""
+    ready = demo_swarm.first.ready
+    assert ready["kv_policy"] == POLICY
+    status = run_swarm("status", MODEL, "--join", demo_swarm.address, "--json").json
+    assert {server["kv_policy"] for server in status["servers"]} == {POLICY}
+    bytes_per_token_16_bit = 13 * 2 * 3 * 64 * 2
+    assert ready["kv_tokens_total"] > 9.5 * 2**30 / bytes_per_token_16_bit
+
+
+def test_exact_sessions_are_exact(demo_swarm: DemoSwarm, prompt_ids: torch.Tensor) -> None:
+    """Who asks for `none` gets the tokens of plain transformers, from servers that compress for others."""
+    plain = AutoModelForCausalLM.from_pretrained(resolve_model(MODEL).folder, dtype=torch.float32)
+    with swarm.SwarmModelForCausalLM.from_pretrained(
+        MODEL, initial_peers=[demo_swarm.address], kv_policy="none"
+    ) as model:
+        assert generate(model, prompt_ids) == generate(plain, prompt_ids)
+
+
+def test_a_killed_server_changes_no_token(demo_swarm: DemoSwarm, prompt_ids: torch.Tensor) -> None:
+    """The replacement repeats the recorded steps, so it makes the same events and keeps the same tokens."""
+    with swarm.SwarmModelForCausalLM.from_pretrained(MODEL, initial_peers=[demo_swarm.address]) as model:
+        undisturbed = generate(model, prompt_ids)
+        with model.session(max_length=1024) as session:
+
+            def kill_second_hop() -> None:
+                (peer_id,) = [hop.peer_id for hop in session.route if hop.start == 13]
+                (node,) = [node for node in demo_swarm.seconds if node.ready["peer_id"] == peer_id]
+                node.process.send_signal(signal.SIGKILL)
+
+            disturbed = generate(model, prompt_ids, session=session, streamer=AtToken(37, kill_second_hop))
+            assert session.num_failovers == 1
+    assert disturbed == undisturbed
