@@ -83,9 +83,14 @@ def calibrate(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInputError(f"{path} is no UTF-8 text; give a plain text file") from error
+    except OSError as error:
+        raise BadInputError(f"{path} can not be read ({error.strerror}); give a text file with --text") from error
+    if not content.strip():
+        raise BadInputError(f"{path} has no text in it; give 100 kB or more, of many kinds")
+    return content
 
 
 def _print_curve(path: Path, measured: Calibration) -> None:

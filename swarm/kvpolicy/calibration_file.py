@@ -209,4 +209,12 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "value_sizes": json.dumps([float(f"{size:.4g}") for size in calibration.value_sizes]),
     }
     tensors = {name: getattr(calibration, name).contiguous() for name in _TENSORS}
-    write_atomically(path, save(tensors, metadata=metadata))
+    write_atomically(path, _sort_header(save(tensors, metadata=metadata)))
+
+
+def _sort_header(data: bytes) -> bytes:
+    """The same safetensors file with its header in alphabetical order, so that equal calibrations are equal files."""
+    (size_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(json.loads(data[8 : 8 + size_bytes]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data[8 + size_bytes :]
