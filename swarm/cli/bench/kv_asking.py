@@ -4,32 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
+from swarm.cli.bench.kv_methods import KeptContext
+from swarm.cli.bench.kv_record import CodeScores
 from swarm.cli.bench.kv_texts import HiddenCodes
-from swarm.kvpolicy.reference_cache import LayerCache, attend_over
-from swarm.kvpolicy.reference_model import AttentionCall, FullCache, ReferenceModel
+from swarm.kvpolicy.reference_cache import attend_over
+from swarm.kvpolicy.reference_model import AttentionCall, ReferenceModel
 
-__all__ = ["Answers", "Peek", "ask", "peek_compressed", "peek_full"]
+__all__ = ["Peek", "ask", "peek_at"]
 
 Peek = Callable[[torch.Tensor, torch.Tensor], Callable[[AttentionCall], torch.Tensor]]
 """From which new tokens see which [t, t], and their positions [t], to an attention that leaves the cache as it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """How many of a context's codes were found."""
-
-    digits: float
-    """Share of digits that were predicted."""
-    exact: float
-    """Share of codes of which every digit was."""
-
-
-def ask(model: ReferenceModel, codes: HiddenCodes, peek: Peek) -> Answers:
+def ask(model: ReferenceModel, codes: HiddenCodes, peek: Peek) -> CodeScores:
     """All questions side by side, blind to one another; the right digits are fed, each is predicted."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -47,27 +38,15 @@ def ask(model: ReferenceModel, codes: HiddenCodes, peek: Peek) -> Answers:
     right = (guesses == torch.tensor([token for answer in codes.answers for token in answer])).float()
     by_question = right.split([len(answer) for answer in codes.answers])
     exact = sum(float(part.min()) for part in by_question) / len(by_question)
-    return Answers(digits=float(right.mean()), exact=exact)
+    return CodeScores(digits=float(right.mean()), exact=exact)
 
 
-def peek_full(cache: FullCache) -> Peek:
+def peek_at(kept: KeptContext) -> Peek:
+    """Over what some method keeps of the context."""
+
     def peek(sees: torch.Tensor, new_positions: torch.Tensor) -> Callable[[AttentionCall], torch.Tensor]:
         def attend(call: AttentionCall) -> torch.Tensor:
-            entries = [
-                (keys, values, torch.arange(len(keys)), torch.zeros(len(keys)))
-                for keys, values in zip(cache.keys[call.layer], cache.values[call.layer], strict=True)
-            ]
-            return _attend_beside(call, entries, sees, new_positions)
-
-        return attend
-
-    return peek
-
-
-def peek_compressed(layers: Mapping[int, LayerCache]) -> Peek:
-    def peek(sees: torch.Tensor, new_positions: torch.Tensor) -> Callable[[AttentionCall], torch.Tensor]:
-        def attend(call: AttentionCall) -> torch.Tensor:
-            entries = [layers[call.layer].keys_of(head) for head in range(len(call.keys))]
+            entries = [kept.keys_of(call.layer, head) for head in range(len(call.keys))]
             return _attend_beside(call, entries, sees, new_positions)
 
         return attend

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from swarm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from swarm.cli.bench.kv_measure import KVFigures
+    from swarm.cli.bench.kv_figures import KVFigures
     from swarm.kvpolicy.budget import BudgetCurve
 
 __all__ = ["draw_pictures"]
+
+_OURS: Final = ("pyramid", "gear", "gear-2bit", "pyramid+gear", "smallest", "twentieth")
 
 
 def draw_pictures(folder: Path, figures: Sequence[KVFigures], curve: BudgetCurve | None) -> list[Path]:
@@ -39,16 +41,18 @@ def draw_pictures(folder: Path, figures: Sequence[KVFigures], curve: BudgetCurve
 
 def _draw_quality(figure: Any, path: Path, figures: Sequence[KVFigures]) -> None:
     axes = figure.subplots()
-    axes.errorbar(
-        [each.times_smaller for each in figures],
-        [max(each.mean_kl_nats, 1e-5) for each in figures],
-        yerr=[each.mean_kl_nats_error for each in figures],
-        fmt="o",
-        capsize=3,
-    )
-    for each in figures:
+    for place, each in enumerate(sorted(figures, key=lambda each: (each.times_smaller, each.mean_kl_nats))):
+        height = max(each.mean_kl_nats, 1e-5)
+        # Labels above and below in turns, as neighbours are often close.
+        is_above = place % 2 == 0
+        color = "tab:gray" if "random" in each.policy else "tab:blue" if each.policy in _OURS else "tab:orange"
+        axes.errorbar([each.times_smaller], [height], yerr=[each.mean_kl_nats_error], fmt="o", capsize=3, color=color)
         axes.annotate(
-            each.policy, (each.times_smaller, max(each.mean_kl_nats, 1e-5)), (5, 4), textcoords="offset points"
+            each.policy,
+            (each.times_smaller, height),
+            (5, 4 if is_above else -10),
+            textcoords="offset points",
+            fontsize=7,
         )
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -55,7 +55,7 @@ def load_texts(paths: Sequence[Path]) -> list[str]:
     """The files' contents, or texts that every Python brings.
 
     Raises:
-        BadInputError: a file is no UTF-8 text.
+        BadInputError: a file is missing, or no UTF-8 text.
     """
     if not paths:
         return [inspect.getsource(importlib.import_module(name)) for name in _STDLIB]
@@ -65,6 +65,8 @@ def load_texts(paths: Sequence[Path]) -> list[str]:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise BadInputError(f"{path} is no UTF-8 text; give plain text files") from error
+        except OSError as error:
+            raise BadInputError(f"{path} can not be read ({error.strerror}); give text files with --text") from error
     return texts
 
 
