@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "model_class_of"]
 
 logger = logging.getLogger(__name__)
+_loading = threading.RLock()
+"""Held while transformers loads: it patches its own classes meanwhile, and of two loads at once the one that ends last
+would leave the other's patches in place for good (tied weights are lost then)."""
 
 
 def model_class_of(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedModel]:
@@ -69,7 +73,7 @@ def load_model(
         ModelFilesError: tensors are missing, damaged or of other shapes than the config says.
         UnsupportedModelError: the model's own code fails when it is cut.
     """
-    with source.open_tensors(wanted, report=report) as slices, _quiet_transformers():
+    with source.open_tensors(wanted, report=report) as slices, _loading, _quiet_transformers():
         try:
             if dtype is None:
                 dtype = _common_dtype(slices.values())
