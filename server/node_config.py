@@ -70,7 +70,10 @@ class NodeConfig:
         if self.weights not in (AUTO, *(precision.value for precision in Precision)):
             known = ", ".join(precision.value for precision in Precision)
             raise BadInputError(f"--weights {self.weights} is no precision; choose {AUTO}, {known}")
-        find_policy(self.kv_policy)
+        try:
+            find_policy(self.kv_policy)
+        except BadInputError as error:
+            raise BadInputError(f"--kv {self.kv_policy}: {error}") from error
         if len(self.adapters) > MAX_ADAPTERS:
             raise BadInputError(f"--adapter is given {len(self.adapters)} times, and {MAX_ADAPTERS} are the most")
         if self.span is not None and self.num_blocks is not None:
