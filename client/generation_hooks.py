@@ -52,7 +52,7 @@ def bounded_candidates(
     input_ids: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Candidates [1, T + candidates] and their logits, leaving room for the token that follows the last of them.
+    """Candidates [1, T + candidates] and their logits (None for none), leaving room for the token that follows the last of them.
 
     Args:
         num_allowed: how many candidates may follow so many columns; None: any number.
@@ -62,6 +62,6 @@ def bounded_candidates(
     most = num_allowed(num_columns)
     end = max_length - 1 if most is None else min(max_length - 1, num_columns + most)
     candidate_ids = candidate_ids[:, :end]
-    if logits is not None:
-        logits = logits[:, : candidate_ids.shape[1] - input_ids.shape[1]]
-    return candidate_ids, logits
+    num_left = candidate_ids.shape[1] - num_columns
+    # Of no candidates there are no logits either: transformers would take a tensor without columns for all of them.
+    return candidate_ids, logits[:, :num_left] if logits is not None and num_left > 0 else None

@@ -248,14 +248,16 @@ def test_beams(llama: TinyLlama, dies: bool) -> None:
         assert torch.equal(model.generate(prompt(NUM_PROMPT), **settings), expected)
 
 
-def test_rejected_candidates_cost_nothing(llama: TinyLlama) -> None:
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rejected_candidates_cost_nothing(llama: TinyLlama, do_sample: bool) -> None:
     """A draft model that is often wrong: the servers are never sent the log again for it."""
     assistant = build_tiny_model("llama", seed=3)
     with compressing(llama, (0, 6)) as doors:
         (server,) = doors.servers
         model = model_of(doors, doors.swarm.connect())
         with model.session(max_length=LENGTH) as session:
-            ids = model.generate(prompt(NUM_PROMPT), session=session, assistant_model=assistant, **SETTINGS)
+            settings = {**SETTINGS, "do_sample": do_sample}
+            ids = model.generate(prompt(NUM_PROMPT), session=session, assistant_model=assistant, **settings)
             assert ids.shape[1] == NUM_PROMPT + NUM_NEW
         assert server.count("Session", "open") == 1, "a replay would have opened the session again"
 
