@@ -119,7 +119,7 @@ class RouteOpener:
             for stream, request, reply in zip(streams, requests, replies, strict=True)
         ]
         for item in hops:
-            self._policy_choice.note(item.stream.hop.peer_id, item.policy)
+            self._policy_choice.note(item.stream.hop.peer_id, item.stream.hop.span, item.policy)
         return hops
 
     def _request(self, wanted: pb.Open, route: Route, index: int, *, use_push: bool) -> pb.Open:
@@ -132,7 +132,7 @@ class RouteOpener:
             end=hop.end,
             adapter=adapter_hash_on(hop.server, self._config.adapter),
             protocol=PROTOCOL_VERSION,
-            kv_policy=self._policy_choice.ask(hop.server, keeps=holding is not None),
+            kv_policy=self._policy_choice.ask(hop.server, hop.span, keeps=holding is not None),
         )
         request.MergeFrom(wanted)
         if holding is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarm.datatypes import PeerId, ServerInfo
+from swarm.datatypes import PeerId, ServerInfo, Span
 from swarm.errors import BadInputError, PeerFaultError
 from swarm.kvpolicy.settings import FULL_CACHE, KVPolicy, find_policy
 
@@ -17,17 +17,19 @@ def serves_policy(server: ServerInfo, wanted: str | None) -> bool:
 class PolicyChoice:
     """One session's policies.
 
-    Without a wish the first route decides: each server takes its own. Servers that join later are asked for the same,
-    or for the exact cache where theirs is another one, since a session must not come to lose more than it began with.
+    Without a wish the first route decides, block by block: each server takes its own. Servers that join later are
+    asked for what their blocks had, or for the exact cache where that was several things or theirs is another one,
+    since no block must come to lose more than it began with.
     """
 
     def __init__(self, wanted: str | None) -> None:
         self._wanted = None if wanted is None else find_policy(wanted)
-        self._agreed: set[str] = set()
+        self._agreed: dict[int, str] = {}
+        """By block."""
         self._got: dict[PeerId, str] = {}
 
-    def ask(self, server: ServerInfo, *, keeps: bool = False) -> str:
-        """What to ask a server for; empty for its own.
+    def ask(self, server: ServerInfo, span: Span, *, keeps: bool = False) -> str:
+        """What to ask a server for that is to run the blocks of `span`; empty for its own.
 
         Args:
             keeps: whether the session is to go on there from what the server holds.
@@ -37,11 +39,10 @@ class PolicyChoice:
         if keeps and server.peer_id in self._got:
             return self._got[server.peer_id]
         own = server.kv_policy
-        if not _is_known(own) or self._got.get(server.peer_id) == FULL_CACHE.preset:
-            return FULL_CACHE.preset
-        if not self._agreed:
-            return ""
-        return own if own in self._agreed else FULL_CACHE.preset
+        agreed = {self._agreed[block] for block in range(span.start, span.end) if block in self._agreed}
+        if not agreed:
+            return "" if _is_known(own) else FULL_CACHE.preset
+        return own if agreed == {own} else FULL_CACHE.preset
 
     def check(self, asked: str, answered: str, peer: PeerId) -> KVPolicy:
         """The policy that a server says it opened the session under. Raises PeerFaultError for any but that asked for.
@@ -56,10 +57,11 @@ class PolicyChoice:
         except BadInputError:
             raise PeerFaultError(f"server {peer} keeps caches under an unknown policy, {answered[:32]!r}") from None
 
-    def note(self, peer: PeerId, policy: KVPolicy) -> None:
-        """A route is open, with a server under this policy."""
+    def note(self, peer: PeerId, span: Span, policy: KVPolicy) -> None:
+        """A route is open, with a server under this policy for the blocks of `span`."""
         self._got[peer] = policy.preset
-        self._agreed.add(policy.preset)
+        for block in range(span.start, span.end):
+            self._agreed.setdefault(block, policy.preset)
 
 
 def _is_known(name: str) -> bool:
