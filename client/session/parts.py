@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Final, Generic, Protocol, Self, TypeVar
 
-__all__ = ["Rows", "SequenceRequest", "StepPart", "moves_first", "plan_parts"]
+from swarm.kvpolicy.settings import PRESETS
+from swarm.kvpolicy.streaming import tail_capacity
+
+__all__ = ["SHORT_INPUT_TOKENS", "Rows", "SequenceRequest", "StepPart", "moves_first", "plan_parts"]
 
 
 class Rows(Protocol):
@@ -18,6 +21,9 @@ class Rows(Protocol):
 
 
 R = TypeVar("R", bound=Rows)
+
+SHORT_INPUT_TOKENS: Final = max(policy.num_sinks + tail_capacity(policy) for policy in PRESETS.values())
+"""Inputs of more tokens never fit the uncompressed tail of a compressed cache."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ def plan_parts(requests: Sequence[SequenceRequest[R]], *, max_tokens: int) -> li
     """Cut a step into parts of at most `max_tokens` tokens that are sent one after the other.
 
     When more than one part is needed, forks go first, all together and without tokens, because each of
-    them means the state before the step. All but the last part of an input say that it goes on.
+    them means the state before the step. All but the last part of an input say that it goes on. Inputs that are
+    short enough for a compressed cache's tail are not cut, so that they are kept there, whatever stands beside them.
     """
     if sum(len(item.rows) for item in requests) <= max_tokens:
         return [StepPart(tuple(requests))]
@@ -60,6 +67,9 @@ def plan_parts(requests: Sequence[SequenceRequest[R]], *, max_tokens: int) -> li
     for item in requests:
         if not len(item.rows) and item.parent == item.sequence:
             current.append(item)
+        if room < len(item.rows) <= min(SHORT_INPUT_TOKENS, max_tokens):
+            parts.append(StepPart(tuple(current)))
+            current, room = [], max_tokens
         done = 0
         while done < len(item.rows):
             rows = item.rows[done : done + room]

@@ -273,3 +273,11 @@ def test_inputs_say_that_they_go_on(counts: list[int], most: int) -> None:
         items = [item for part in parts for item in part.sequences if item.sequence == sequence]
         assert [item.is_unfinished for item in items] == [True] * (len(items) - 1) + [False]
         assert sum(len(item.rows) for item in items) == count
+
+
+def test_short_inputs_are_not_cut_by_what_stands_beside_them() -> None:
+    """A batch's second prompt must be kept as it would be alone: in the tail, not staged and judged."""
+    requests = [Request(0, 0, 0, "x" * 500), Request(1, 1, 0, "y" * 36), Request(2, 2, 0, "z" * 37)]
+    parts = plan_parts(requests, max_tokens=512)
+    pieces = [[(item.sequence, len(item.rows), item.is_unfinished) for item in part.sequences] for part in parts]
+    assert pieces == [[(0, 500, False)], [(1, 36, False), (2, 37, False)]]
