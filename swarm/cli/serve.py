@@ -116,8 +116,8 @@ def serve(
         typer.Option(
             "--kv",
             metavar="none|gear|pyramid|pyramid+gear",
-            help="How the KV cache is compressed, so that more and longer sessions fit; clients may still ask for"
-            " exact ones.",
+            help="How the KV cache is compressed, so that more and longer sessions fit; also a preset such as smallest"
+            " or twentieth (docs/kv-cache.md). Clients may still ask for exact ones.",
             rich_help_panel=_SHARING,
         ),
     ] = "none",
