@@ -52,7 +52,7 @@ def bounded_candidates(
     input_ids: torch.Tensor,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Candidates [1, T + candidates] and their logits (None for none), leaving room for the token after the last of them.
+    """Candidates [1, T + candidates] and their logits (None for none), with room for the token after the last of them.
 
     Args:
         num_allowed: how many candidates may follow so many columns; None: any number.

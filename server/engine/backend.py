@@ -47,6 +47,10 @@ class SpanBackend(Protocol):
         """Tokens that were computed since start; those answered from memory took no time."""
 
     @property
+    def compressing_s(self) -> float:
+        """Seconds spent since start on compressing what sessions hold, which comes now and then and not by tokens."""
+
+    @property
     def memory(self) -> SessionMemory | None:
         """Who holds the sessions' pages, to be used on the engine thread; None when sessions can not be moved."""
 

@@ -98,6 +98,11 @@ class ChainedBackend:
         """Tokens that were computed since start, by the stage that computed most."""
         return max(stage.backend.num_tokens_run for stage in self._stages)
 
+    @property
+    def compressing_s(self) -> float:
+        """Seconds spent since start on compressing, in all stages."""
+        return sum(stage.backend.compressing_s for stage in self._stages)
+
     def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """One step of each session through all stages; [T, H] each, or that session's error."""
         results: list[torch.Tensor | NotNow | BaseException] = [work.hidden for work in works]

@@ -1,19 +1,18 @@
 """Attention of new tokens over compressed sequences: of one layer, for all of them in a batch."""
 
 # Letters: R rows of the packed batch that this covers, L layers, Hq, Hk query and KV heads, G = Hq / Hk, D, Dv key and
-# value dimensions, n keys of one sequence.
+# value dimensions, t new tokens and n keys of one sequence.
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from swarm.kvpolicy.reference_cache import attend_over
 from swarm.server.engine.attention_kind import causal_mask
 from swarm.server.engine.compressed_layers import CodedLayer, code_layers
 from swarm.server.engine.compressed_sequence import MAX_STAGED_QUERIES
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from swarm.server.engine.compressed_store import CompressedStore
 
 __all__ = ["CompressedAttention", "CompressedSlice", "CompressedStep"]
+
+_MAX_SCORES: Final = 1 << 24
+"""Scores of one KV head at a time without the kernel, so that a long part over many tokens takes 64 MB for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ class CompressedStep:
     def keep(self, scores: Mapping[int, torch.Tensor], first_layer: int) -> None:
         """After all layers: remember how much new tokens matter, and staged inputs' newest queries.
 
-        `scores` [Hk, T] by layer of the server; `first_layer` is the sequences' first.
+        `scores` [Hk, T] by layer of the server; `first_layer` is the sequences' first. If it fails, nothing is
+        remembered of staged inputs, so that the step can run once more.
         """
         store = self.attention.store
         every = (
@@ -121,9 +124,15 @@ class CompressedStep:
         if every is not None and store.raw_scores is not None and self._pages is not None and self._slots is not None:
             ring_scores = every.index_select(2, self._rows).transpose(1, 2)
             store.raw_scores[self._pages, self._slots] = ring_scores.to(store.raw_scores.dtype)
-        for index, part in enumerate(self.staged):
-            own = every[:, :, part.first_row : part.end_row] if every is not None else None
-            part.sequence.add_staged(own, self._newest_queries(index))
+        before = [(part.sequence, part.sequence.staged_scores, part.sequence.staged_queries) for part in self.staged]
+        try:
+            for index, part in enumerate(self.staged):
+                own = every[:, :, part.first_row : part.end_row] if every is not None else None
+                part.sequence.add_staged(own, self._newest_queries(index))
+        except BaseException:
+            for sequence, staged_scores, staged_queries in before:
+                sequence.staged_scores, sequence.staged_queries = staged_scores, staged_queries
+            raise
 
     def _newest_queries(self, index: int) -> torch.Tensor | None:
         """[L, Hq, w, D] of a staged slice, zeros in layers that judge by none; None if all do."""
@@ -223,10 +232,7 @@ class CompressedStep:
                 )
             )
         if table.staged_start == 0:
-            mask = self._masks.get((part.first_row, kind.window))
-            if mask is None:
-                mask = causal_mask(part.part.start, part.num_new, 0, kind.window, query.device)
-                self._masks[part.first_row, kind.window] = mask
+            mask = self._staged_mask(part, kind.window)
             return kind.attend_masked(query[None], keys[None], values[None], mask)[0]
         return self._attend_over_memory(layer, row, kind, part, query, keys, values)
 
@@ -240,52 +246,75 @@ class CompressedStep:
         keys: torch.Tensor | None,
         values: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Queries [Hq, t, D] over the sequence's summary, sinks, stored rows and ring, then staged keys [Hk, n, D]."""
+        """Queries [Hq, t, D] over the sequence's summary, sinks, stored rows and ring, then staged keys [Hk, n, D].
+
+        Stored rows are attended in the codec's coordinates, which queries and outputs are turned to and from: so all
+        heads' rows are decoded at once, and none is turned.
+        """
+        store, coded = self.attention.store, self.attention.layers[layer]
+        num_heads, num_new = store.num_kv_heads, part.num_new
         raw = self._read_raw(layer, row, part)
-        num_heads = self.attention.store.num_kv_heads
-        group = len(query) // num_heads
-        device = query.device
-        new_positions = torch.arange(part.part.start, part.part.end, device=device)[:, None]
-        outputs = []
-        for head in range(num_heads):
-            all_keys = [raw.keys[head].float()]
-            all_values = [raw.values[head].float()]
-            positions = [raw.positions]
-            biases = [raw.biases[head]]
-            table = part.sequence.table
-            if table.num_tiles[row, head]:
-                coded, stored_positions, _ = self.attention.store.read_head(table, row, head)
-                stored_keys, stored_values = self.attention.layers[layer].decode(coded, head)
-                if stored_positions is None or not kind.window:
-                    # Whatever is stored came before all new tokens.
-                    stored_positions = torch.zeros(len(coded), dtype=torch.int64, device=device)
-                all_keys.append(stored_keys)
-                all_values.append(stored_values)
-                positions.append(stored_positions)
-                biases.append(torch.zeros(len(coded), device=device))
-            if keys is not None and values is not None:
-                all_keys.append(keys[head].float())
-                all_values.append(values[head].float())
-                positions.append(torch.arange(table.staged_start, part.part.end, device=device))
-                biases.append(torch.zeros(keys.shape[1], device=device))
-            seen = torch.cat(positions)
-            is_hidden = seen > new_positions
-            if kind.window:
-                is_hidden |= seen <= new_positions - kind.window
-            heads = slice(head * group, (head + 1) * group)
-            outputs.append(
-                attend_over(
-                    query[heads].float(),
-                    torch.cat(all_keys),
-                    torch.cat(all_values),
-                    is_hidden=is_hidden,
-                    biases=torch.cat(biases),
-                    scaling=kind.scale(query.shape[-1]),
-                    softcap=kind.softcap,
-                    sink_scores=kind.sinks[heads].float() if kind.sinks is not None else None,
+        stored = self._read_stored(layer, row, part, kind.window)
+        plain_keys, plain_values = raw.keys.float(), raw.values.float()
+        is_hidden = _hide(raw.positions, part, kind.window)
+        biases = raw.biases
+        if keys is not None and values is not None:
+            plain_keys = torch.cat((plain_keys, keys.float()), dim=1)
+            plain_values = torch.cat((plain_values, values.float()), dim=1)
+            is_hidden = torch.cat((is_hidden, ~self._staged_mask(part, kind.window)), dim=1)
+            biases = torch.cat((biases, biases.new_zeros(num_heads, keys.shape[1])), dim=1)
+        num_plain = plain_keys.shape[1]
+        queries = query.float().reshape(num_heads, -1, num_new, query.shape[-1]) * kind.scale(query.shape[-1])
+        group = queries.shape[1]
+        turned = torch.bmm(queries.flatten(1, 2), coded.query_turn).unflatten(1, (group, num_new))
+        outputs = query.new_empty(num_heads, group, num_new, store.value_dim, dtype=torch.float32)
+        for head, rows in enumerate(stored):
+            num_keys = num_plain + len(rows.keys)
+            for part_rows in torch.arange(num_new).split(max(1, _MAX_SCORES // (group * max(num_keys, 1)))):
+                new = slice(int(part_rows[0]), int(part_rows[-1]) + 1)
+                scores = query.new_empty(group, new.stop - new.start, num_keys, dtype=torch.float32)
+                scores[..., :num_plain] = queries[head, :, new] @ plain_keys[head].T
+                own = turned[head, :, new]
+                scores[..., num_plain:] = own[..., :-1] @ rows.keys.T + own[..., -1:]
+                if kind.softcap is not None:
+                    scores = torch.tanh(scores / kind.softcap) * kind.softcap
+                scores[..., :num_plain] += biases[head]
+                scores[..., :num_plain].masked_fill_(is_hidden[new], -torch.inf)
+                if rows.positions is not None:
+                    scores[..., num_plain:].masked_fill_(_hide(rows.positions, part, kind.window)[new], -torch.inf)
+                if kind.sinks is not None:
+                    sinks = kind.sinks[head * group : (head + 1) * group].float()
+                    scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), dim=-1)
+                weights = scores.softmax(dim=-1)
+                plain, over_rows = weights[..., :num_plain], weights[..., num_plain:num_keys]
+                turn_back = coded.output_turn[head]
+                outputs[head, :, new] = (
+                    plain @ plain_values[head]
+                    + (over_rows @ rows.values) @ turn_back[:-1]
+                    + over_rows.sum(dim=-1, keepdim=True) * turn_back[-1]
                 )
-            )
-        return torch.cat(outputs)
+        return outputs.flatten(0, 1)
+
+    def _staged_mask(self, part: CompressedSlice, window: int) -> torch.Tensor:
+        """[t, n] booleans: which staged keys each of a slice's new tokens sees; the same in all layers alike."""
+        mask = self._masks.get((part.first_row, window))
+        if mask is None:
+            first = part.sequence.table.staged_start
+            mask = causal_mask(part.part.start, part.num_new, first, window, self.attention.store.device)
+            self._masks[part.first_row, window] = mask
+        return mask
+
+    def _read_stored(self, layer: int, row: int, part: CompressedSlice, window: int) -> list[_CodedRows]:
+        """Each head's stored rows in one layer."""
+        store, table = self.attention.store, part.sequence.table
+        num_heads = store.num_kv_heads
+        tiles = np.concatenate([table.tiles_of(row, head) for head in range(num_heads)])
+        coded, positions, _ = store.read_tiles(*table.tile_places(tiles))
+        keys, values = self.attention.layers[layer].decode_coordinates(coded)
+        counts = (table.num_tiles[row] * table.layout.tile_rows).tolist()
+        # Whatever is stored came before all new tokens, so without a window they see all of it.
+        of_heads = positions.split(counts) if positions is not None and window else [None] * num_heads
+        return [_CodedRows(*found) for found in zip(keys.split(counts), values.split(counts), of_heads, strict=True)]
 
     def _read_raw(self, layer: int, row: int, part: CompressedSlice) -> _RawEntries:
         """Summary, sinks and ring of a sequence in one layer."""
@@ -324,6 +353,27 @@ class CompressedStep:
             torch.from_numpy(positions).to(device),
             torch.from_numpy(biases).to(device),
         )
+
+
+def _hide(positions: torch.Tensor, part: CompressedSlice, window: int) -> torch.Tensor:
+    """[t, n] booleans: which keys at positions [n] each of a slice's new tokens does not see."""
+    new = torch.arange(part.part.start, part.part.end, device=positions.device)[:, None]
+    is_hidden = positions > new
+    if window:
+        is_hidden |= positions <= new - window
+    return is_hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _CodedRows:
+    """Stored rows of one KV head in its codec's coordinates."""
+
+    keys: torch.Tensor
+    """float32 [R, D]"""
+    values: torch.Tensor
+    """float32 [R, Dv]"""
+    positions: torch.Tensor | None
+    """[R] where some may be out of sight"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,14 +29,11 @@ class CodedLayer:
     output_turn: torch.Tensor
     """float32 [Hk, Dv + 1, Dv]: back from weighted sums of code coordinates and the sum of the weights."""
 
-    def decode(self, rows: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 keys [R, D] and values [R, Dv] of one head's rows."""
-        if not isinstance(self.codec, TokenCodec):
-            return self.codec.decode(rows, torch.full((len(rows),), head, device=rows.device))
-        keys, values = self.codec.decode_coordinates(rows)
-        turn = self.query_turn[head]
-        back = self.output_turn[head]
-        return torch.addmm(turn[:, -1], keys, turn[:, :-1].T), torch.addmm(back[-1], values, back[:-1])
+    def decode_coordinates(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 key and value coordinates, [R, D] and [R, Dv], of rows [R, row_bytes] of any heads."""
+        if isinstance(self.codec, TokenCodec):
+            return self.codec.decode_coordinates(rows)
+        return self.codec.decode(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
 
 
 def code_layers(settings: Sequence[LayerSettings], device: torch.device) -> list[CodedLayer]:

@@ -11,6 +11,7 @@ no order; in layers with a sliding window they do, and whole tiles go from the f
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -51,6 +52,8 @@ class Compressor:
         self._num_heads = store.num_kv_heads
         self._rows = RowKeeper(store, settings)
         self._judge = Judge(store, settings, scalings, self._rows.codec)
+        self.busy_s = 0.0
+        """Spent on events since start; other threads may read it."""
         self._count_kept = functools.lru_cache(maxsize=1024)(self._count_kept_anew)
 
     # -- what a step asks for ------------------------------------------------------------------
@@ -62,19 +65,23 @@ class Compressor:
             return
         event = event_after(self._policy, table.tail.stored_end, start)
         if event is not None:
+            began_s = time.perf_counter()
             self._carry_out(sequence, event, None)
             table.trim()
+            self.busy_s += time.perf_counter() - began_s
         table.tail = settle(self._policy, table.tail, start)
 
     def finish(self, sequence: CompressedSequence, plan: PartPlan) -> None:
         """Carry out what a part ends with, and have nothing staged: stored, or in the ring."""
         table = sequence.table
+        began_s = time.perf_counter()
         event = event_after(self._policy, table.tail.stored_end, plan.end)
         if event is not None:
             says_enough = plan.end - table.staged_start >= MIN_QUERIES
             self._carry_out(sequence, event, sequence.staged_queries if says_enough else None)
         fill_ring(self._store, sequence, stored_end=plan.after.stored_end)
         sequence.leave_staging(plan.after)
+        self.busy_s += time.perf_counter() - began_s
 
     def max_new_tiles(self, sequence: CompressedSequence, length: int) -> int:
         """How many tiles an event at `length` tokens adds at most; 0 when none is due."""

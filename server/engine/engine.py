@@ -18,7 +18,7 @@ from swarm.server.engine.backend import NotNow, SpanBackend, StatelessWork
 from swarm.server.engine.gathering import Gathering
 from swarm.server.engine.job import StepJob
 from swarm.server.engine.kv_usage import KVUsage
-from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, StepEstimate, plan_step
+from swarm.server.engine.scheduler import Candidate, ChunkSizer, SchedulerConfig, Share, StepEstimate, plan_step
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 
 if TYPE_CHECKING:
@@ -247,7 +247,11 @@ class Engine:
 
     def _run_next(self) -> float | None:
         now_s = self._now_s()
-        jobs = [waiting[0] for waiting in self._jobs.values() if waiting[0].retry_at_s <= now_s]
+        jobs = [
+            job
+            for job in [waiting[0] for waiting in self._jobs.values()]
+            if job.retry_at_s <= now_s and self._look(job)
+        ]
         if self._stateless and (not jobs or now_s - self._stateless[0][1] > self._config.stateless_wait_s):
             self._run_stateless(self._stateless.popleft()[0])
         elif jobs:
@@ -265,21 +269,50 @@ class Engine:
             return 0.0
         return _RETRY_S
 
+    def _look(self, job: StepJob) -> bool:
+        """Find out where a session's next step may be cut; False if that failed, and the session with it."""
+        memory = self._backend.memory
+        if job.has_looked or not job.work.compresses or memory is None:
+            return True
+        try:
+            job.set_stretches(memory.find_stretches(job.work))
+        except Exception as error:
+            logger.exception("a step could not be looked at")
+            self.counters.num_failed_steps += 1
+            self._fail_session(job.work.session, _as_swarm_error(error))
+            return False
+        return True
+
+    def _cut_parts(self, jobs: Sequence[StepJob], shares: Sequence[Share]) -> tuple[list[StepJob], list[StepWork]]:
+        """The jobs that get a share, and their parts; where a part can not be cut, the session fails."""
+        chosen: list[StepJob] = []
+        parts: list[StepWork] = []
+        for share in shares:
+            job = jobs[share.index]
+            try:
+                part = job.part(share.num_tokens)
+            except Exception as error:
+                logger.exception("a step could not be cut")
+                self.counters.num_failed_steps += 1
+                self._fail_session(job.work.session, _as_swarm_error(error))
+                continue
+            chosen.append(job)
+            parts.append(part)
+        return chosen, parts
+
     def _run_steps(self, jobs: Sequence[StepJob], now_s: float) -> None:
         """Run what the scheduler picks of these jobs."""
         shares = plan_step(
-            [Candidate(job.num_left, job.is_decode) for job in jobs],
+            [Candidate(job.num_left, job.is_decode, job.least_tokens) for job in jobs],
             chunk_tokens=self._sizer.chunk_tokens(now_s=now_s),
             max_step_tokens=self._config.max_step_tokens,
             is_prefill_turn=self._is_prefill_turn,
             chunk_multiple=self._config.chunk_multiple,
         )
-        chosen = [jobs[share.index] for share in shares]
-        for job in chosen:
-            if job.work.compresses and job.stretches is None and self._backend.memory is not None:
-                job.stretches = self._backend.memory.find_stretches(job.work)
-        parts = [jobs[share.index].part(share.num_tokens) for share in shares]
-        num_run_before = self._backend.num_tokens_run
+        chosen, parts = self._cut_parts(jobs, shares)
+        if not parts:
+            return
+        num_run_before, compressing_before_s = self._backend.num_tokens_run, self._backend.compressing_s
         try:
             results = self._backend.run_steps(parts)
         except Exception as error:
@@ -290,7 +323,11 @@ class Engine:
         self._is_prefill_turn = not is_prefill
         num_run = self._backend.num_tokens_run - num_run_before
         if num_run:
-            self._sizer.record(num_tokens=num_run, is_prefill=is_prefill, seconds=ended_s - now_s, now_s=ended_s)
+            seconds = ended_s - now_s
+            if is_prefill:
+                # An input is compressed once, at its end or every 2,048 tokens: no measure of what its tokens take.
+                seconds = max(seconds - (self._backend.compressing_s - compressing_before_s), 0.0)
+            self._sizer.record(num_tokens=num_run, is_prefill=is_prefill, seconds=seconds, now_s=ended_s)
         self.counters.num_batches += 1
         self.counters.busy_s += ended_s - now_s
         for job, part, result in zip(chosen, parts, results, strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from swarm.server.engine.step_cuts import Stretch, count_allowed
+from swarm.server.engine.step_cuts import Stretch, count_allowed, least_part_tokens
 from swarm.server.engine.work import StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -24,6 +24,7 @@ class StepJob:
 
     work: StepWork
     is_decode: bool
+    """Whether it is short enough to run beside all others that are; not where its tokens are staged, see step_cuts."""
     arrived_s: float
     outputs: list[torch.Tensor] = field(default_factory=list)
     """[T, H] of each part that has run."""
@@ -31,6 +32,8 @@ class StepJob:
     has_begun: bool = False
     stretches: Sequence[Stretch] | None = None
     """Where a compressed session's step may be cut, known once it comes to run; None: anywhere."""
+    has_looked: bool = False
+    """Whether `stretches` has been asked for."""
     retry_at_s: float = float("-inf")
     """Not before this time, since there was no memory for it."""
 
@@ -38,6 +41,22 @@ class StepJob:
     def num_left(self) -> int:
         """Tokens that have not run."""
         return self.work.hidden.shape[0] - self.num_done
+
+    @property
+    def least_tokens(self) -> int:
+        """Of the next part, unless fewer are left."""
+        return 1 if self.stretches is None else least_part_tokens(self.stretches, self.num_done)
+
+    def set_stretches(self, stretches: Sequence[Stretch] | None) -> None:
+        """Say where the step may be cut.
+
+        Staged tokens attend one sequence at a time over stored rows that are decoded anew for each part. Few as they
+        may be, that takes many times a decoding step, so they take turns with decoders as a long input does.
+        """
+        self.stretches = stretches
+        self.has_looked = True
+        if stretches is not None and any(stretch.num_tokens and not stretch.is_whole for stretch in stretches):
+            self.is_decode = False
 
     def part(self, num_tokens: int) -> StepWork:
         """The next `num_tokens`, or about as many where a step can not be cut there, as a step of their own.

@@ -54,6 +54,8 @@ class Candidate:
     num_tokens: int
     """Tokens of the step still to run; 0 for a pure rewind or fork."""
     is_decode: bool
+    least_tokens: int = 1
+    """Of a part, unless fewer are left: what makes up for a part's own cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def plan_step(
 
     Where both kinds wait, `is_prefill_turn` says whose turn it is. A chunk may be shared by several long
     inputs; one that does not finish its input is a multiple of `chunk_multiple` where there is room for
-    that much. Something runs whenever something waits.
+    that much. One whose parts need `least_tokens` gets them as the first in a chunk, though that makes the chunk
+    longer, and nothing behind others that leave less. Something runs whenever something waits.
     """
     decoding = [index for index, candidate in enumerate(candidates) if candidate.is_decode]
     prefilling = [index for index, candidate in enumerate(candidates) if not candidate.is_decode]
@@ -96,6 +99,11 @@ def plan_step(
     shares: list[Share] = []
     for index in chosen:
         wanted = candidates[index].num_tokens
+        if runs_prefill:
+            least = min(wanted, candidates[index].least_tokens, max_step_tokens)
+            if least > room and shares:
+                continue
+            room = max(room, least)
         num_tokens = min(wanted, room)
         if runs_prefill and num_tokens < wanted and (num_tokens >= chunk_multiple or shares):
             num_tokens -= num_tokens % chunk_multiple

@@ -40,6 +40,8 @@ class SequentialBackend:
         self._num_tokens_used: dict[SessionKey, int] = {}
         self.num_tokens_run = 0
         """Tokens that were computed since start."""
+        self.compressing_s = 0.0
+        """Nothing is compressed."""
         self.memory: SessionMemory | None = None
         """There are no pages to move to another server."""
         self._caches: dict[SessionKey, dict[int, SpanCache]] = {}

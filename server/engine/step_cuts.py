@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from swarm.kvpolicy.streaming import TailState, cut_step, is_staged, tail_start
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from swarm.kvpolicy.settings import KVPolicy
     from swarm.server.session_mirror import SequenceStep
 
-__all__ = ["Stretch", "count_allowed", "find_stretches"]
+__all__ = ["Stretch", "count_allowed", "find_stretches", "least_part_tokens"]
+
+_LEAST_TOKENS_AFTER_STORED: Final = 32
+"""With so many, a part's own tokens take longer than decoding what 4,000 tokens left, which each part does anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class Stretch:
     """Whether all of it runs in one part: what goes into the tail's ring at once does."""
     ends_part: bool
     """Whether a part ends with it: there an input is compressed even though it goes on."""
+    is_after_stored: bool = False
+    """Whether its tokens, staged, attend over stored rows, which are decoded anew for each part."""
 
 
 def find_stretches(
@@ -43,8 +48,21 @@ def find_stretches(
             stretches.append(Stretch(item.count, True, False))
             continue
         cuts = cut_step(policy, item.start, item.count)
-        stretches += [Stretch(count, False, index < len(cuts) - 1) for index, count in enumerate(cuts)]
+        # Within an input nobody here knows where that began; a first one stores nothing before the first cut.
+        has_stored = item.start >= policy.chunk_tokens if is_staging else tail.stored_end > policy.num_sinks
+        stretches += [
+            Stretch(count, False, index < len(cuts) - 1, has_stored or index > 0) for index, count in enumerate(cuts)
+        ]
     return stretches
+
+
+def least_part_tokens(stretches: Sequence[Stretch], num_done: int) -> int:
+    """Tokens that the next part should have at least: many where all stored rows are decoded for it alone."""
+    for stretch in stretches:
+        if num_done < stretch.num_tokens:
+            return _LEAST_TOKENS_AFTER_STORED if stretch.is_after_stored else 1
+        num_done -= stretch.num_tokens
+    return 1
 
 
 def count_allowed(stretches: Sequence[Stretch], num_done: int, wanted: int) -> int:

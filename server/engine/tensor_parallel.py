@@ -177,6 +177,11 @@ class TensorParallelBackend:
         """Tokens that were computed since start."""
         return self._local.num_tokens_run
 
+    @property
+    def compressing_s(self) -> float:
+        """Seconds spent since start on compressing, of this process' part."""
+        return self._local.compressing_s
+
     def run_steps(self, works: list[StepWork]) -> list[torch.Tensor | NotNow | BaseException]:
         """One step of each session, as RaggedBackend runs them. Raises PeerFaultError when a process is gone."""
         results: list[torch.Tensor | NotNow | BaseException] = self._call(Call("steps", time.monotonic(), steps=works))

@@ -18,11 +18,12 @@ import torch
 
 from swarm.errors import BadInputError
 from swarm.kvpolicy.calibration_file import Calibration
-from swarm.kvpolicy.selection import rank_scores, sort_order
+from swarm.kvpolicy.selection import find_nth, rank_scores
 
 __all__ = ["SCORERS", "NewTokens", "Scorer", "attention_received", "build_scorer"]
 
 _MIN_WEIGHT: Final = 1e-6
+_PLACE_MASK: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,12 @@ class WindowScorer:
         if not len(stored):
             return scores
         num_owners = int(owners.max()) + 1
-        # Distinct keys, so that sorting is the same everywhere: owner, score, place.
-        places = torch.arange(len(stored), device=scores.device)
-        order = sort_order((owners[stored] << 48) + (rank_scores(scores[stored]) << 31) + places)
+        # Distinct keys, so that the choice is the same everywhere: score, place.
+        keys = (rank_scores(scores[stored]) << 31) + torch.arange(len(stored), device=scores.device)
         counts = torch.bincount(owners[stored], minlength=num_owners)
-        middle = (counts.cumsum(0) - counts + counts // 2).clamp_max(len(stored) - 1)
-        usual = scores[stored[torch.from_numpy(order).to(scores.device)]][middle]
+        middle = find_nth(keys.cpu().numpy(), owners[stored].cpu().numpy(), counts.cpu().numpy() // 2)
+        places = torch.from_numpy(middle.clip(0) & _PLACE_MASK).to(scores.device)
+        usual = scores[stored[places]]
         return torch.where(is_new & (counts > 0)[owners], usual[owners], scores)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from swarm.kvcache.compressed_table import PartPlan
+from swarm.kvpolicy.reference_cache import attend_over
 from swarm.kvpolicy.settings import PRESETS
 from swarm.kvpolicy.streaming import TailState
 from swarm.server.engine.attention_kind import AttentionKind
@@ -146,6 +147,59 @@ def test_compiled_and_open_attention_agree(case: str, counts: tuple[int, ...], t
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("most_scores", [1 << 24, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_staged_tokens_attend_over_all_that_is_held_and_each_other(
+    monkeypatch: pytest.MonkeyPatch, case: str, most_scores: int
+) -> None:
+    """A long follow-up reads a whole context that is decoded once for all heads, in bounded memory."""
+    monkeypatch.setattr("swarm.server.engine.compressed_attention._MAX_SCORES", most_scores)
+    preset, shape, num_heads, dtype, window, softcap, has_sinks = CASES[case]
+    memory = fill(preset, shape, dtype=dtype, window=window)
+    generator = torch.Generator().manual_seed(3)
+    sinks = torch.randn(num_heads, generator=generator) if has_sinks else None
+    kind = AttentionKind(scaling=0.2, softcap=softcap, sinks=sinks, window=window)
+    sequence, count, heads = memory.sequences[0], 40, shape.num_kv_heads
+    table, layer = sequence.table, 1
+    plan = table.plan(LENGTH, count, is_unfinished=True)
+    table.reserve(table.pages_wanted(plan, 0))
+    table.grow(plan)
+    attention = CompressedAttention(memory.store, memory.layers.settings)
+    step = attention.plan([CompressedSlice(0, count, plan, sequence)])
+    query, key, value = (
+        torch.randn(number, count, dim, generator=generator).half().to(dtype)
+        for number, dim in ((num_heads, shape.key_dim), (heads, shape.key_dim), (heads, shape.value_dim))
+    )
+    found = torch.zeros(num_heads, count, shape.value_dim, dtype=dtype)
+    step.attend(layer, layer, kind, query, key, value, found)
+    raw = step._read_raw(layer, layer, step.staged[0])
+    new = torch.arange(LENGTH, LENGTH + count)
+    expected = []
+    for head in range(heads):
+        coded, positions, _ = memory.store.read_head(table, layer, head)
+        stored = memory.layers.settings[layer].codec.decode(coded, torch.full((len(coded),), head))
+        if positions is None or not window:
+            positions = torch.zeros(len(coded), dtype=torch.int64)
+        places = torch.cat((raw.positions, positions, new))
+        is_hidden = places > new[:, None]
+        if window:
+            is_hidden |= places <= new[:, None] - window
+        own = slice(head * num_heads // heads, (head + 1) * num_heads // heads)
+        outputs = attend_over(
+            query[own].float(),
+            torch.cat((raw.keys[head].float(), stored[0], key[head].float())),
+            torch.cat((raw.values[head].float(), stored[1], value[head].float())),
+            is_hidden=is_hidden,
+            biases=torch.cat((raw.biases[head], torch.zeros(len(coded) + count))),
+            scaling=0.2,
+            softcap=softcap,
+            sink_scores=sinks[own] if sinks is not None else None,
+        )
+        expected.append(outputs.to(dtype))
+    tolerance = 1e-2 if dtype is torch.bfloat16 else 2e-5
+    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)
 
 
 def test_without_the_compiler_there_is_the_open_form(

@@ -19,7 +19,7 @@ from swarm.kvpolicy.layer_settings import LayerSettings
 from swarm.kvpolicy.layers import ModelShape, build_layers
 from swarm.kvpolicy.reference_cache import ReferenceCache
 from swarm.kvpolicy.scorers import NewTokens, WindowScorer
-from swarm.kvpolicy.selection import find_dropped, select_kept
+from swarm.kvpolicy.selection import find_dropped, find_nth, select_kept
 from swarm.kvpolicy.settings import KVPolicy, PruningSettings, QuantisationSettings
 from swarm.kvpolicy.streaming import can_rewind, cut_step
 from swarm.server.engine.compressed_sequence import CompressedSequence
@@ -423,6 +423,16 @@ def test_a_token_that_was_never_judged_is_taken_for_an_average_one() -> None:
     is_new = torch.tensor([False, False, False, True, True, False, True])
     owners = torch.tensor([0, 0, 0, 0, 1, 2, 2])
     assert scorer.rescore_unseen(scores, is_new, owners).tolist() == [3.0, 1.0, 2.0, 2.0, 0.0, 5.0, 5.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True), st.lists(st.integers(-1, 9), min_size=4))
+def test_the_nth_key_is_the_one_that_sorting_finds(entries: list[tuple[int, int]], places: list[int]) -> None:
+    """All choices rest on it."""
+    owners, keys = (np.array([entry[column] for entry in entries], dtype=np.int64) for column in (0, 1))
+    found = find_nth(keys, owners, np.array(places[:4]))
+    for owner, place in enumerate(places[:4]):
+        own = sorted(keys[owners == owner].tolist())
+        assert found[owner] == (own[min(place, len(own) - 1)] if own and place >= 0 else -1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-2.0, -0.0, 0.0, 1.5, math.inf, -math.inf, math.nan]))))

@@ -17,6 +17,7 @@ from swarm.server.engine.engine import Engine, NotNow
 from swarm.server.engine.kv_usage import KVUsage
 from swarm.server.engine.scheduler import SchedulerConfig
 from swarm.server.engine.session_memory import SessionMemory
+from swarm.server.engine.step_cuts import Stretch
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -39,6 +40,7 @@ class FakeBackend:
     num_tokens_total: int = 100
     num_tokens_free: int = 100
     num_tokens_run: int = 0
+    compressing_s: float = 0.0
     kv_usage: KVUsage = field(default_factory=KVUsage)
     gate: threading.Event = field(default_factory=threading.Event)
     """Steps wait for it, so that a test can queue several things first."""
@@ -188,6 +190,58 @@ def test_decoders_run_between_the_chunks_of_a_long_input(engine: Engine, backend
     last_decode = max(index for index, session in enumerate(order) if session == B)
     assert last_decode < len(order) - 1
     assert not any(left == right == A for left, right in itertools.pairwise(order[: last_decode + 1]))
+
+
+@dataclass
+class FakeMemory:
+    """Says of each session's steps what `stretches` says, or fails."""
+
+    stretches: dict[SessionKey, list[Stretch]]
+
+    def find_stretches(self, work: StepWork) -> list[Stretch]:
+        return self.stretches[work.session]
+
+
+def submit_compressed(engine: Engine, session: SessionKey, num_tokens: int) -> Answer:
+    answer = Answer()
+    hidden = expected(session, num_tokens) - 1
+    items = [SequenceStep(0, 0, 0, num_tokens)]
+    engine.submit(StepWork(session, SPAN, items, hidden, answer, compresses=True))
+    return answer
+
+
+def test_a_staged_step_runs_apart_from_decoders_however_short(engine: Engine, backend: FakeBackend) -> None:
+    """It takes many times a decoding step, which nobody who reads along should wait for within his own step."""
+    stretches = {A: [Stretch(5, False, False)], B: [Stretch(5, True, False)]}
+    backend.memory = FakeMemory(stretches)  # type: ignore[assignment]
+    first = submit(engine, C, (0, 0, 0, 1))
+    time.sleep(0.05)  # the thread is in its first batch, so the rest arrives together
+    answers = [submit_compressed(engine, A, 5), submit_compressed(engine, B, 5), submit(engine, C, (0, 0, 1, 1))]
+    backend.gate.set()
+    for answer, session, count in zip([first, *answers], (C, A, B, C), (1, 5, 5, 1), strict=True):
+        check(answer, session, count)
+    assert sorted(sorted(work.session for work in batch) for batch in backend.batches) == [[A], [B, C], [C]]
+
+
+@pytest.mark.parametrize("stretches", [{}, {A: [Stretch(5, True, False)]}], ids=["looking", "cutting"])
+def test_a_step_that_can_not_be_looked_at_or_cut_fails_its_session_alone(
+    engine: Engine, backend: FakeBackend, stretches: dict[SessionKey, list[Stretch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with one session's state must not end the steps of all."""
+
+    def fail(*_: object) -> int:
+        raise RuntimeError("can not be cut")
+
+    monkeypatch.setattr("swarm.server.engine.job.count_allowed", fail)
+    backend.memory = FakeMemory(stretches)  # type: ignore[assignment]
+    first = submit(engine, C, (0, 0, 0, 1))
+    time.sleep(0.05)
+    failing, fine = submit_compressed(engine, A, 5), submit(engine, B, (0, 0, 0, 3))
+    backend.gate.set()
+    assert isinstance(failing.wait(), PeerFaultError)
+    check(first, C, 1)
+    check(fine, B, 3)
+    assert backend.forgotten == [A] and engine.counters.num_failed_steps == 1
 
 
 def test_work_without_room_is_tried_again_and_holds_nobody_up(engine: Engine, backend: FakeBackend) -> None:
@@ -366,6 +420,25 @@ def test_an_engine_says_how_long_it_has_been_silent(engine: Engine, backend: Fak
     backend.gate.set()
     check(answer, A, 1)
     wait_for(lambda: engine.silent_s == 0.0)
+
+
+def test_time_for_compressing_is_not_taken_for_what_tokens_take(backend: FakeBackend) -> None:
+    """Otherwise chunks would shrink after each input's end, though what they take is as before."""
+    now_s = 0.0
+    engine = Engine(backend, SchedulerConfig(max_step_tokens=64, gather_share=0.0), now_s=lambda: now_s)
+
+    def react(work: StepWork) -> Result | None:
+        nonlocal now_s
+        now_s += 10.0
+        backend.compressing_s += 9.5
+        return None
+
+    backend.react = react
+    backend.gate.set()
+    engine.start()
+    check(submit(engine, A, (0, 0, 0, 50)), A, 50)
+    engine.stop()
+    assert engine.estimate.token_s == pytest.approx(0.5 / 50)
 
 
 def test_an_estimate_is_known_before_the_first_step() -> None:

@@ -69,6 +69,22 @@ def test_several_short_inputs_share_a_chunk_and_the_next_gets_whole_pages_of_the
     assert shares == [Share(0, 40), Share(1, 50), Share(2, 32), Share(3, 5)]
 
 
+def test_parts_with_a_cost_of_their_own_are_worth_it() -> None:
+    """Eight tokens at a time, a question about a long compressed context would decode all of it again and again."""
+
+    def plan(*candidates: Candidate, max_step_tokens: int = 512) -> list[Share]:
+        return plan_step(
+            candidates, chunk_tokens=8, max_step_tokens=max_step_tokens, is_prefill_turn=True, chunk_multiple=16
+        )
+
+    decoder = Candidate(1, True)
+    costly = Candidate(300, False, least_tokens=64)
+    assert plan(decoder, costly, costly) == [Share(1, 64)]
+    assert plan(decoder, Candidate(40, False, least_tokens=64)) == [Share(1, 40)]
+    assert plan(decoder, Candidate(3, False), costly, Candidate(2, False)) == [Share(1, 3), Share(3, 2)]
+    assert plan(decoder, costly, max_step_tokens=32) == [Share(1, 32)]
+
+
 def test_a_pure_rewind_needs_no_room() -> None:
     """A step without tokens must not wait for those that have some."""
     shares = plan_step(

@@ -12,7 +12,7 @@ from swarm.datatypes import Span
 from swarm.kvpolicy.settings import PRESETS
 from swarm.kvpolicy.streaming import TailState, advance, is_staged, new_tail, settle
 from swarm.server.engine.job import StepJob
-from swarm.server.engine.step_cuts import Stretch, count_allowed, find_stretches
+from swarm.server.engine.step_cuts import Stretch, count_allowed, find_stretches, least_part_tokens
 from swarm.server.engine.work import StepWork
 from swarm.server.session_mirror import SequenceStep
 
@@ -77,3 +77,18 @@ def test_a_part_ends_where_an_input_is_compressed() -> None:
     assert count_allowed(stretches, 0, 100) == 30
     assert count_allowed(stretches, 25, 100) == 5
     assert count_allowed(stretches, 30, 100) == 11
+
+
+def test_parts_over_stored_rows_are_not_tiny_and_others_may_be() -> None:
+    """Each such part decodes all of the rows; a first prompt has none, and shall leave decoders small gaps."""
+
+    def least(*items: SequenceStep, staging: bool = False, done: int = 0) -> int:
+        return least_part_tokens(find_stretches(POLICY, items, lambda *_: staging), done)
+
+    prompt, question = SequenceStep(0, 0, 0, 100), SequenceStep(0, 0, 300, 100)
+    assert least(prompt) == least(prompt, done=63) == 1
+    assert least(prompt, done=64) > 8 and least(question) > 8
+    assert least(SequenceStep(0, 0, 30, 60)) == 1  # what is held all fits the tail
+    assert least(SequenceStep(0, 0, 40, 20, True), staging=True) == 1
+    assert least(SequenceStep(0, 0, 70, 20, True), staging=True) > 8
+    assert least(SequenceStep(0, 0, 300, 1)) == least(prompt, done=100) == 1
