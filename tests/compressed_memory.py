@@ -106,6 +106,7 @@ class MemoryServer:
                 Compressor(self.store, layers.settings, [0.35] * NUM_LAYERS),
                 SPAN.start,
                 layers.footprint.bytes_per_token,
+                query_values=2 * SHAPE.num_kv_heads * SHAPE.key_dim,
             ),
             now_s=self.clock,
         )

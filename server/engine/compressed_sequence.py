@@ -13,6 +13,7 @@ import torch
 
 from swarm.kvcache.compressed_state import CompressedState
 from swarm.kvcache.compressed_table import CompressedTable, PartPlan
+from swarm.kvcache.staged_notes import StagedNotes
 
 if TYPE_CHECKING:
     from swarm.datatypes import Span
@@ -49,10 +50,19 @@ class Compression:
     """The model's block that the store's layer 0 is."""
     bytes_per_token: int
     """Of a token in all of the store's layers, in a sequence of usual length; by this, room is told in tokens."""
+    query_values: int = 0
+    """Of a token's queries in one layer, all heads, where inputs are judged by their newest ones."""
 
     def new_sequence(self, span: Span) -> CompressedSequence:
         """An empty one in the blocks of `span`."""
-        table = self.store.new_table(len(span))
+        store = self.store
+        notes = StagedNotes(
+            page_bytes=store.page_bytes,
+            score_bytes=len(span) * store.num_kv_heads * torch.float16.itemsize if store.has_scores else 0,
+            query_bytes=len(span) * self.query_values * store.raw_dtype.itemsize,
+            max_queries=MAX_STAGED_QUERIES,
+        )
+        table = store.new_table(len(span), notes)
         return CompressedSequence(self.store, table, first_layer=span.start - self.first_block)
 
 
@@ -108,6 +118,14 @@ class CompressedSequence:
     def owned_pages(self) -> npt.NDArray[np.int64]:
         """All of them."""
         return self.table.owned_pages()
+
+    def filled_pages(self) -> npt.NDArray[np.int64]:
+        """Those that hold something of the sequence."""
+        return self.table.filled_pages()
+
+    def fork_pages_wanted(self, length: int) -> int:
+        """Pages that a fork at `length` takes at once."""
+        return self.table.fork_pages_wanted(length)
 
     def can_rewind(self, start: int) -> bool:
         """Whether the sequence can go on from an earlier position as if it had never been further."""

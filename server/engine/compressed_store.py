@@ -13,10 +13,12 @@ import torch
 from swarm.errors import UnsupportedModelError
 from swarm.kvcache.compressed_layout import plan_layout
 from swarm.kvcache.compressed_table import CompressedTable
+from swarm.kvcache.staged_notes import NO_NOTES
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from swarm.kvcache.staged_notes import StagedNotes
     from swarm.kvpolicy.settings import KVPolicy
     from swarm.server.engine.page_store import PageStore
 
@@ -115,10 +117,12 @@ class CompressedStore:
     def device(self) -> torch.device:
         return self.bytes.device
 
-    def new_table(self, num_layers: int) -> CompressedTable:
-        """An empty table for a sequence in `num_layers` layers."""
+    def new_table(self, num_layers: int, notes: StagedNotes = NO_NOTES) -> CompressedTable:
+        """An empty table for a sequence in `num_layers` layers, which keeps such notes of staged tokens."""
         layout = self.layout.for_layers(num_layers)
-        return CompressedTable(self.store.pool, layout, policy=self.policy, page_tokens=self.store.page_tokens)
+        return CompressedTable(
+            self.store.pool, layout, policy=self.policy, page_tokens=self.store.page_tokens, notes=notes
+        )
 
     def own_raw(self, table: CompressedTable) -> None:
         """Have slots that may be written to."""
@@ -136,7 +140,7 @@ class CompressedStore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(pages, slots within them), int64 on the device, of slots within layers; shapes broadcast."""
         index, within = table.layout.places_of(layers, slots)
-        return self._to_device(table.raw_pages[index]), self._to_device(within)
+        return self.to_device(table.raw_pages[index]), self.to_device(within)
 
     def token_places(
         self, table: CompressedTable, positions: npt.NDArray[np.int64]
@@ -180,7 +184,7 @@ class CompressedStore:
         """(pages, tiles within them, rows within those), int64 on the device, of the heads' rows [n]."""
         columns, within = np.divmod(rows, table.layout.tile_rows)
         pages, tiles = table.tile_places(table.tiles[layers, heads, columns])
-        return self._to_device(pages), self._to_device(tiles), self._to_device(within)
+        return self.to_device(pages), self.to_device(tiles), self.to_device(within)
 
     def read_rows(
         self, places: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -216,10 +220,11 @@ class CompressedStore:
         self, pages: npt.NDArray[np.int64], tiles: npt.NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The rows of whole tiles at these places, as `read_rows` gives them."""
-        where = self._to_device(pages), self._to_device(tiles)
+        where = self.to_device(pages), self.to_device(tiles)
         rows = self.codes[where].transpose(1, 2).reshape(-1, self.row_bytes)
         positions = self.positions[where].flatten().long() if self.positions is not None else None
         return rows, positions, self.scores[where].flatten() if self.scores is not None else None
 
-    def _to_device(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+    def to_device(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Numbers to index the views by; same shape."""
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)

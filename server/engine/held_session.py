@@ -35,6 +35,12 @@ class HeldSequence(Protocol):
     def owned_pages(self) -> npt.NDArray[np.int64]:
         """All of them."""
 
+    def filled_pages(self) -> npt.NDArray[np.int64]:
+        """Those that hold something of the sequence."""
+
+    def fork_pages_wanted(self, length: int) -> int:
+        """Pages that a fork at `length` takes at once."""
+
     def can_rewind(self, start: int) -> bool:
         """Whether the sequence can go on from an earlier position as if it had never been further."""
 
@@ -51,7 +57,7 @@ class HeldSequence(Protocol):
         """Give all pages back as their contents are saved elsewhere; returns what `put_back` needs."""
 
     def put_back(self, held: HeldPages) -> None:
-        """Undo `take_out`, on pages that others hold too."""
+        """Undo `take_out`, on pages that others hold too; those without contents are taken from the pool."""
 
 
 class PlainSequence:
@@ -75,6 +81,14 @@ class PlainSequence:
     def owned_pages(self) -> npt.NDArray[np.int64]:
         """As HeldSequence says."""
         return self.table.owned_pages()
+
+    def filled_pages(self) -> npt.NDArray[np.int64]:
+        """All of them."""
+        return self.table.owned_pages()
+
+    def fork_pages_wanted(self, length: int) -> int:
+        """None: all are shared until one side writes."""
+        return 0
 
     def can_rewind(self, start: int) -> bool:
         """Always."""

@@ -45,7 +45,7 @@ def measure_usage(
     """The use that sessions' tables make of a pool; `num_pages_used` counts pages that several hold once."""
     tables = [*tables, *(table.staged for table in compressed)]
     num_owned = sum(table.num_pages * table.num_layers for table in tables)
-    num_owned += sum(len(table.raw_pages) + len(table.tile_pages) for table in compressed)
+    num_owned += sum(len(table.raw_pages) + len(table.tile_pages) + len(table.note_pages) for table in compressed)
     num_empty_tokens = _count_empty_tokens(tables, page_tokens)
     return KVUsage(
         total_bytes=num_pages_total * page_bytes,

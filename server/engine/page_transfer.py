@@ -169,9 +169,9 @@ class PageImport:
         if store is None or store.positions is None:
             return
         pages, tiles = np.divmod(state.used_tiles().astype(np.int64), store.layout.tiles_per_page)
-        _, positions, _ = store.read_tiles(state.tile_pages[pages], tiles)
-        assert positions is not None
-        if len(positions) and not (
+        # Only the positions: the codes may be most of the KV memory.
+        positions = store.positions[store.to_device(state.tile_pages[pages]), store.to_device(tiles)]
+        if positions.numel() and not (
             store.layout.num_sinks <= int(positions.min()) <= int(positions.max()) < state.tail.stored_end
         ):
             raise BadInputError("a stored token has a position that it can not have")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from swarm.datatypes import Span
     from swarm.models import SpanModel
     from swarm.models.narrowed import NarrowedSpan
+    from swarm.server.engine.compression import Compressor
     from swarm.server.policy_layers import PolicyLayers
 
 __all__ = ["LayerProbe", "RaggedBackend", "probe_layers", "probe_shapes"]
@@ -55,6 +56,8 @@ class LayerProbe:
     window: int
     """Positions a query sees; 0 for all."""
     scaling: float
+    query_values: int
+    """Of a token's queries, all heads."""
 
 
 def probe_shapes(model: SpanModel) -> list[KVShape]:
@@ -83,7 +86,7 @@ def probe_layers(model: SpanModel) -> list[LayerProbe]:
                 f"{probe.windows[layer]} (0 is none)"
             )
     return [
-        LayerProbe(probe.shapes[layer], probe.windows[layer], probe.scalings[layer])
+        LayerProbe(probe.shapes[layer], probe.windows[layer], probe.scalings[layer], probe.query_values[layer])
         for layer in range(model.num_layers)
     ]
 
@@ -155,8 +158,9 @@ class RaggedBackend:
         """Of sessions that compress; the others are exact."""
         self._attention: CompressedAttention | None = None
         self._compression: Compression | None = None
+        self._compressor: Compressor | None = None
         if policy_layers is not None:
-            self._compress_by(policy_layers, [layer.scaling for layer in layers], allows_kernel=allows_kernel)
+            self._compress_by(policy_layers, layers, allows_kernel=allows_kernel)
         self.memory = SessionMemory(self.store, config, compression=self._compression)
         self._parts: dict[Span, SpanModel | NarrowedSpan] = {}
         self.attends_in_groups = model.device.type != "cpu"
@@ -164,7 +168,7 @@ class RaggedBackend:
         self.num_tokens_run = 0
         """Tokens that were computed since start; what was known is not among them."""
 
-    def _compress_by(self, policy_layers: PolicyLayers, scalings: Sequence[float], *, allows_kernel: bool) -> None:
+    def _compress_by(self, policy_layers: PolicyLayers, layers: Sequence[LayerProbe], *, allows_kernel: bool) -> None:
         """Have what sessions under a policy need."""
         # Only here: what it loads is of no use to servers that keep everything.
         from swarm.server.engine.compressed_store import CompressedStore
@@ -181,12 +185,19 @@ class RaggedBackend:
         )
         attach_scorers(self._model.blocks, settings)
         self._attention = CompressedAttention(store, settings, allows_kernel=allows_kernel)
+        self._compressor = Compressor(store, settings, [layer.scaling for layer in layers])
         self._compression = Compression(
             store=store,
-            events=Compressor(store, settings, scalings),
+            events=self._compressor,
             first_block=self._model.span.start,
             bytes_per_token=policy_layers.footprint.bytes_per_token,
+            query_values=max(layer.query_values for layer in layers) if any(own.judges for own in settings) else 0,
         )
+
+    @property
+    def compressing_s(self) -> float:
+        """Seconds spent since start on compressing what sessions hold."""
+        return self._compressor.busy_s if self._compressor is not None else 0.0
 
     @property
     def num_tokens_total(self) -> int:
@@ -294,9 +305,11 @@ class RaggedBackend:
                 packed = model(hidden.unsqueeze(0), positions)
         finally:
             current_plan.reset(token)
+        outputs: torch.Tensor = packed.squeeze(0).cpu()
         if plan.compressed is not None:
+            # Last, once nothing else can fail: the steps of a batch that failed run again, and must find what they did.
             plan.compressed.keep(plan.scores or {}, plan.first_layer)
-        return packed.squeeze(0).cpu()
+        return outputs
 
     def _plan(self, span: Span, batch: Sequence[_Prepared]) -> tuple[StepPlan, torch.Tensor]:
         """Where keys and values go and come from, and the positions [1, T]."""

@@ -70,6 +70,8 @@ class ShapeProbe:
     """Positions each layer's queries see; 0 for all."""
     scalings: dict[int, float] = field(default_factory=dict)
     """What each layer multiplies scores with."""
+    query_values: dict[int, int] = field(default_factory=dict)
+    """Of a token's queries in each layer, all heads."""
 
 
 current_plan: ContextVar[StepPlan | ShapeProbe | None] = ContextVar("swarm_step_plan", default=None)
@@ -105,6 +107,7 @@ def ragged_attention(
         if plan is not None:
             plan.shapes[_layer_of(module)] = KVShape(key.shape[1], key.shape[-1], value.shape[-1])
             plan.windows[_layer_of(module)] = kernel.window
+            plan.query_values[_layer_of(module)] = query.shape[1] * query.shape[-1]
             plan.scalings[_layer_of(module)] = kernel.scale(query.shape[-1])
         return kernel.attend(query, key, value, start=0).transpose(1, 2), None
     layer = _layer_of(module)

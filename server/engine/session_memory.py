@@ -179,7 +179,8 @@ class SessionMemory(MemoryRoom):
         if session.spilled is not None and not self._restore(session, session.spilled, protected):
             return NotNow("the session's pages are in host memory and there is no room for them yet")
         if not session.has_forked:
-            self._fork(session, work.sequences)
+            if not self._fork(session, work.sequences, protected):
+                return NotNow("the KV memory is full")
             session.has_forked = True
         for item in work.sequences:
             session.sequences[item.sequence].drop_reserve()
@@ -208,8 +209,9 @@ class SessionMemory(MemoryRoom):
         table = self.store.new_table(len(session.span))
         return PlainSequence(table, trail, page_tokens=self.store.page_tokens)
 
-    def _fork(self, session: HeldSession, items: Sequence[SequenceStep]) -> None:
-        """Make all forks of a step, reading every parent before any sequence changes."""
+    def _fork(self, session: HeldSession, items: Sequence[SequenceStep], protected: Collection[SessionKey]) -> bool:
+        """Make all forks of a step, reading every parent before any sequence changes; False when there is no room."""
+        num_wanted = 0
         for item in items:
             parent = session.sequences.get(item.parent)
             held = parent.length if parent is not None else 0
@@ -219,6 +221,9 @@ class SessionMemory(MemoryRoom):
                 )
             if parent is not None:
                 _check_rewind(parent, item.parent, item.start)
+                num_wanted += parent.fork_pages_wanted(item.start) if item.parent != item.sequence else 0
+        if num_wanted and not self._have_room(num_wanted, session, protected):
+            return False
         forks: dict[int, PlainSequence | CompressedSequence] = {}
         for item in items:
             parent = session.sequences.get(item.parent)
@@ -232,6 +237,7 @@ class SessionMemory(MemoryRoom):
                     replaced.free()
             elif replaced is None:
                 session.sequences[item.sequence] = self._new_sequence(session)
+        return True
 
     def _rewind(self, session: HeldSession, item: SequenceStep) -> None:
         held = session.sequences[item.sequence]

@@ -28,14 +28,17 @@ class SpilledPages:
     """[pages, values of a page] on the host."""
     layouts: Mapping[int, HeldPages]
     """Per sequence; pages are rows of `contents`."""
+    num_note_pages: int = 0
+    """Pages without contents that the sequences held, for as much memory beside the pool; that is on the host, too."""
 
     @property
     def num_pages(self) -> int:
-        return self.contents.shape[0]
+        """Pages of the pool that the sequences need to be back."""
+        return self.contents.shape[0] + self.num_note_pages
 
     @property
     def size_bytes(self) -> int:
-        return self.contents.numel() * self.contents.element_size()
+        return self.num_pages * self.contents.shape[1] * self.contents.element_size()
 
 
 def count_pages(sequences: Mapping[int, HeldSequence]) -> int:
@@ -49,20 +52,23 @@ def spill_pages(store: PageStore, sequences: Mapping[int, HeldSequence]) -> Spil
     """Copy what the sequences hold to the host, and empty them."""
     for held in sequences.values():
         held.drop_reserve()
-    pages = np.unique(np.concatenate([held.owned_pages() for held in sequences.values()]))
+    pages = np.unique(np.concatenate([held.filled_pages() for held in sequences.values()]))
+    num_note_pages = count_pages(sequences) - len(pages)
     contents = store.save_pages(pages)
     layouts = {
         number: held.take_out().map_pages(lambda numbers: np.searchsorted(pages, numbers))
         for number, held in sequences.items()
     }
-    return SpilledPages(contents, layouts)
+    return SpilledPages(contents, layouts, num_note_pages)
 
 
 def restore_pages(store: PageStore, spilled: SpilledPages, sequences: Mapping[int, HeldSequence]) -> None:
     """Fill empty sequences as they were. Raises OutOfPagesError, and then nothing has changed."""
     pool = store.pool
+    if spilled.num_pages > pool.num_free:
+        raise OutOfPagesError(f"{spilled.num_pages} pages are wanted, {pool.num_free} are free")
     lists = [pages for layout in spilled.layouts.values() for pages in layout.page_lists()]
-    pages = place_pages(pool, lists, spilled.num_pages)
+    pages = place_pages(pool, lists, len(spilled.contents))
     store.load_pages(pages, spilled.contents)
     for number, layout in spilled.layouts.items():
         sequences[number].put_back(layout.map_pages(lambda rows: pages[rows]))

@@ -19,6 +19,7 @@ from swarm.kvcache.compressed_layout import CompressedLayout
 from swarm.kvcache.compressed_state import CompressedState, can_go_back
 from swarm.kvcache.page_pool import OutOfPagesError, PageNumbers, PagePool
 from swarm.kvcache.page_table import PageCopy, PageTable, pages_for
+from swarm.kvcache.staged_notes import NO_NOTES, StagedNotes
 from swarm.kvpolicy.streaming import TailState, advance, is_staged, new_tail, settle, stop_staging
 
 if TYPE_CHECKING:
@@ -44,12 +45,25 @@ class PartPlan:
 class CompressedTable:
     """Pages of one compressed sequence: `length` positions, of which layers and heads hold different choices."""
 
-    def __init__(self, pool: PagePool, layout: CompressedLayout, *, policy: KVPolicy, page_tokens: int) -> None:
-        """`page_tokens` are those of ordinary pages, for what is staged."""
+    def __init__(
+        self,
+        pool: PagePool,
+        layout: CompressedLayout,
+        *,
+        policy: KVPolicy,
+        page_tokens: int,
+        notes: StagedNotes = NO_NOTES,
+    ) -> None:
+        """
+        Args:
+            page_tokens: those of ordinary pages, for what is staged.
+            notes: what the sequence keeps of staged tokens outside the pool.
+        """
         self._pool = pool
         self.layout = layout
         self.policy = policy
         self._page_tokens = page_tokens
+        self._notes = notes
         self._clear()
 
     def _clear(self) -> None:
@@ -57,6 +71,8 @@ class CompressedTable:
         self.tail = new_tail(self.policy)
         self.staged = PageTable(self._pool, num_layers=self.layout.num_layers, page_tokens=self._page_tokens)
         """Its position 0 is `staged_start`."""
+        self.note_pages: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        """Empty pages, as large as what is noted of staged tokens outside the pool."""
         self.staged_start = 0
         self.input_start = 0
         """Where the input began that is being staged."""
@@ -90,7 +106,8 @@ class CompressedTable:
         """
         wanted = 0
         if plan.is_staged:
-            wanted += self.staged.pages_wanted(plan.end - (self.staged_start if self.tail.is_staging else plan.start))
+            num_staged = plan.end - (self.staged_start if self.tail.is_staging else plan.start)
+            wanted += self.staged.pages_wanted(num_staged) + self._notes.pages_for(num_staged) - len(self.note_pages)
         if plan.ends_staging or (not plan.is_staged and plan.end > plan.start):
             wanted += self._raw_pages_wanted()
         if plan.ends_staging:
@@ -150,11 +167,18 @@ class CompressedTable:
             self.staged.free()
             self.input_start = self.staged_start = plan.start
         length = plan.end - self.staged_start
+        self._hold_notes(length)
         self._lend(self.staged.pages_wanted(length))
         copies = self.staged.grow(length)
         self.tail = replace(self.tail, is_staging=True)
         self.length = plan.end
         return copies
+
+    def _hold_notes(self, num_staged: int) -> None:
+        """Have pages for the notes of so many staged tokens; never fewer than before."""
+        num_missing = self._notes.pages_for(num_staged) - len(self.note_pages)
+        if num_missing > 0:
+            self.note_pages = np.concatenate((self.note_pages, self._take(num_missing)))
 
     def _lend(self, count: int) -> None:
         """Give reserved pages back to the pool, for the staged table to take at once."""
@@ -191,6 +215,8 @@ class CompressedTable:
     def leave_staging(self, after: TailState) -> None:
         """Everything staged is now elsewhere: give its pages back, and stand in state `after`."""
         self.staged.free()
+        self._pool.release(self.note_pages)
+        self.note_pages = self.note_pages[:0]
         self.staged_start = self.length
         self.tail = after
 
@@ -282,21 +308,29 @@ class CompressedTable:
         self.length = self.staged_start = start
 
     def fork(self, length: int) -> CompressedTable:
-        """Another table that holds the same first `length` positions. Raises ValueError where `can_rewind` says no."""
+        """Another table that holds the same first `length` positions. Raises ValueError where `can_rewind` says no.
+
+        Raises OutOfPagesError when fewer than `fork_pages_wanted` are free.
+        """
         if not 0 <= length <= self.length or not self.can_rewind(length):
             raise ValueError(f"can not fork {length} of {self.length} positions, {self.tail}")
-        twin = CompressedTable(self._pool, self.layout, policy=self.policy, page_tokens=self._page_tokens)
+        twin = CompressedTable(
+            self._pool, self.layout, policy=self.policy, page_tokens=self._page_tokens, notes=self._notes
+        )
         if length:
-            twin.adopt(self.state())
-            twin.rewind(length)
+            twin.adopt(self.state().rewind(length))
         return twin
+
+    def fork_pages_wanted(self, length: int) -> int:
+        """Pages that a fork at `length` takes at once: notes are soon its own, other pages are shared."""
+        return len(self.note_pages) if length == self.length else 0
 
     def free(self) -> None:
         """Give all pages back; the table is empty then."""
         self.release_spare()
         self.staged.free()
-        self._pool.release(self.raw_pages)
-        self._pool.release(self.tile_pages)
+        for pages in (self.raw_pages, self.tile_pages, self.note_pages):
+            self._pool.release(pages)
         self._clear()
 
     # -- as a whole ----------------------------------------------------------------------------
@@ -304,7 +338,8 @@ class CompressedTable:
     @property
     def num_pages(self) -> int:
         """Pages held, those in reserve included."""
-        return len(self.raw_pages) + len(self.tile_pages) + self.staged.pages.size + len(self._spare)
+        num_single = len(self.raw_pages) + len(self.tile_pages) + len(self.note_pages) + len(self._spare)
+        return num_single + self.staged.pages.size
 
     @property
     def num_tiles_held(self) -> int:
@@ -313,9 +348,11 @@ class CompressedTable:
 
     def owned_pages(self) -> npt.NDArray[np.int64]:
         """All pages, those in reserve included."""
-        return np.concatenate(
-            (self.raw_pages, self.tile_pages, self.staged.owned_pages(), np.array(self._spare, dtype=np.int64))
-        )
+        return np.concatenate((self.filled_pages(), self.note_pages, np.array(self._spare, dtype=np.int64)))
+
+    def filled_pages(self) -> npt.NDArray[np.int64]:
+        """Those that hold something of the sequence."""
+        return np.concatenate((self.raw_pages, self.tile_pages, self.staged.owned_pages()))
 
     def state(self) -> CompressedState:
         """Everything but contents and reserve; copies."""
@@ -335,10 +372,14 @@ class CompressedTable:
         )
 
     def adopt(self, state: CompressedState) -> None:
-        """Become what `state` says, on pages that others hold too. Raises ValueError unless the table is empty."""
+        """Become what `state` says, on pages that others hold too. Raises ValueError unless the table is empty.
+
+        Takes pages for what is noted of staged tokens; raises OutOfPagesError, and nothing has changed.
+        """
         if self.num_pages or self.length:
             raise ValueError("only an empty table can become another one")
         if state.staged_pages.size:
+            self._hold_notes(state.num_staged)
             self.staged.adopt(state.staged_pages, state.num_staged)
         self._pool.share(state.raw_pages)
         self._pool.share(state.tile_pages)
@@ -361,12 +402,19 @@ class CompressedTable:
         assert (self.num_dropped >= 0).all()
         assert 0 <= self.staged_start <= self.length or not self.staged.length
         assert self.staged.length == (self.length - self.staged_start if self.tail.is_staging else 0)
+        assert len(self.note_pages) == self._notes.pages_for(self.staged.length), "notes are not counted"
         assert self.staged.num_pages == pages_for(self.staged.length, self._page_tokens)
         num_raw = (self.staged_start if self.tail.is_staging else self.length) - self.tail.stored_end
         assert num_raw <= layout.tail_slots, "the ring is too short for the tail"
         assert len(self.raw_pages) or self.staged.length == self.length, "tokens stand nowhere"
         assert self.tail.stored_end >= policy.num_sinks
         assert len(used) == 0 or self.tail.stored_end > policy.num_sinks
-        held: Iterable[PageNumbers] = (self.raw_pages, self.tile_pages, self.staged.owned_pages(), self._spare)
+        held: Iterable[PageNumbers] = (
+            self.raw_pages,
+            self.tile_pages,
+            self.staged.owned_pages(),
+            self.note_pages,
+            self._spare,
+        )
         numbers = [page for pages in held for page in pages]
         assert len(set(numbers)) == len(numbers), "a page is used for two things"

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from swarm.datatypes import Span
-from swarm.kvcache.compressed_table import CompressedTable
+from swarm.kvcache.compressed_table import CompressedTable, PartPlan
 from swarm.kvpolicy.reference_cache import ReferenceCache
 from swarm.kvpolicy.reference_model import ReferenceModel, wrap_model
 from swarm.kvpolicy.settings import PRESETS, KVPolicy
 from swarm.models import SpanModel, load_span, resolve_model
+from swarm.server.engine.choosing import choose_backend
+from swarm.server.engine.compressed_sequence import CompressedSequence
+from swarm.server.engine.compression import Compressor
 from swarm.server.engine.ragged import RaggedBackend, probe_layers
 from swarm.server.engine.work import StepWork
 from swarm.server.policy_layers import PolicyWish
 from swarm.server.session_mirror import SequenceStep
+from tests.engine_sessions import load_tiny_span
 from tests.tiny_models import NUM_BLOCKS, save_tiny_model
 
 SPAN = Span(start=0, end=NUM_BLOCKS)
@@ -170,3 +175,86 @@ def test_sessions_in_one_batch_equal_the_plain_form_alone(
         backend.forget((name, 1))
     pool = backend.store.pool
     assert pool.num_free + pool.num_reclaimable == pool.num_pages
+
+
+def test_a_batch_that_fails_at_its_very_end_runs_again_as_if_it_never_had(
+    make_setting: MakeSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and queries remembered twice would have other tokens judged than there are."""
+    _, backend = make_setting("llama", "pyramid+gear")
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(40, backend._model.hidden_size, generator=generator)
+    add_staged = CompressedSequence.add_staged
+    num_calls = 0
+
+    def fail_once(self: CompressedSequence, *noted: torch.Tensor | None) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise RuntimeError("no memory")
+        add_staged(self, *noted)
+
+    monkeypatch.setattr(CompressedSequence, "add_staged", fail_once)
+    for first in (0, 20):
+        works = [
+            work(name, hidden[first : first + 20], first, compresses=True, is_unfinished=True) for name in (b"a", b"b")
+        ]
+        found = backend.run_steps(works)
+        assert isinstance(found[0], torch.Tensor) and isinstance(found[1], torch.Tensor)
+        assert torch.equal(found[0], found[1]) or relative_error(found[0], found[1]) < 1e-5
+    assert num_calls == 2 + 2 + 2
+    for name in (b"a", b"b"):
+        sequence = backend.memory._sessions[name, 1].sequences[0]
+        assert isinstance(sequence, CompressedSequence)
+        assert sequence.staged_scores is not None and sequence.staged_queries is not None
+        assert sequence.staged_scores.shape[2] == sequence.staged_queries.shape[2] == 40
+
+
+# -- the self-test before a server compresses --------------------------------------------------
+
+
+def wish_for(preset: str) -> PolicyWish:
+    return PolicyWish(policy=PRESETS[preset], num_layers=NUM_BLOCKS, first_layer=0, max_positions=2048)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+def test_every_preset_passes_the_self_test(family: str, preset: str, tmp_path: Path) -> None:
+    """A self-test that is too strict would take a policy from its users without a fault."""
+    model = load_tiny_span(family, tmp_path / "model")
+    chosen = choose_backend(model, memory_bytes=2**22, wish=wish_for(preset))
+    assert chosen.is_batching and not chosen.kv_problem
+
+
+def swap_heads(sequence: CompressedSequence) -> None:
+    """What an event of a family that orders heads otherwise might do."""
+    sequence.table.tiles[:] = sequence.table.tiles[:, ::-1].copy()
+
+
+def fail(sequence: CompressedSequence) -> None:
+    raise RuntimeError("no such thing here")
+
+
+@pytest.mark.parametrize(("fault", "words"), [(swap_heads, "differ by"), (fail, "no such thing here")])
+@pytest.mark.parametrize("step", ["settle", "finish"])
+def test_a_family_that_fails_at_events_is_served_exactly(
+    fault: Callable[[CompressedSequence], None],
+    words: str,
+    step: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the server would offer a policy and then fail, or garble, every real prompt."""
+    real = getattr(Compressor, step)
+
+    def fail_then(self: Compressor, sequence: CompressedSequence, argument: int | PartPlan) -> None:
+        was_stored = sequence.table.tail.stored_end
+        real(self, sequence, argument)
+        if sequence.table.tail.stored_end > was_stored:
+            fault(sequence)
+
+    monkeypatch.setattr(Compressor, step, fail_then)
+    model = load_tiny_span("llama", tmp_path / "model")
+    chosen = choose_backend(model, memory_bytes=2**22, wish=wish_for("pyramid"))
+    assert chosen.is_batching and words in chosen.kv_problem
+    assert isinstance(chosen.backend, RaggedBackend) and not chosen.backend.policy.compresses

@@ -76,7 +76,7 @@ def script(model: SpanModel) -> list[StepWork]:
 def test_making_room_changes_no_answer(model: SpanModel, preset: str) -> None:
     """What went to host memory and back must be the same bits in other pages."""
     roomy = make_backend(model, num_pages=2000, preset=preset)
-    tight = make_backend(model, num_pages=84, preset=preset)
+    tight = make_backend(model, num_pages=100, preset=preset)
     for count, work in enumerate(script(model)):
         if count % 5 == 4:  # as if somebody else had wanted all of the memory
             for session in tight.memory._sessions.values():

@@ -15,6 +15,7 @@ from swarm.kvcache.compressed_layout import CompressedLayout, fit_page_bytes, pl
 from swarm.kvcache.compressed_table import CompressedTable
 from swarm.kvcache.page_pool import OutOfPagesError, PagePool
 from swarm.kvcache.page_table import PageCopy
+from swarm.kvcache.staged_notes import NO_NOTES, StagedNotes
 from swarm.kvpolicy.settings import KVPolicy, PruningSettings
 from swarm.kvpolicy.streaming import next_cut, settle, tail_capacity
 
@@ -37,6 +38,7 @@ LAYOUT = CompressedLayout(
     num_sinks=POLICY.num_sinks,
     tail_slots=tail_capacity(POLICY),
 )
+NOTES = StagedNotes(page_bytes=100, score_bytes=3, query_bytes=20, max_queries=8)
 
 
 class Pages:
@@ -135,7 +137,8 @@ def test_random_steps_rewinds_forks_and_moves_leave_every_sequence_its_own_conte
     for label in range(1, data.draw(st.integers(1, 25), label="num_operations")):
         operation = data.draw(st.sampled_from(["new", "step", "step", "step", "rewind", "fork", "move", "free"]))
         if operation == "new" or not owners:
-            owners.append(Owner(CompressedTable(pool, LAYOUT, policy=POLICY, page_tokens=PAGE_TOKENS)))
+            notes = data.draw(st.sampled_from([NO_NOTES, NOTES]))
+            owners.append(Owner(CompressedTable(pool, LAYOUT, policy=POLICY, page_tokens=PAGE_TOKENS, notes=notes)))
             continue
         owner = owners[data.draw(st.integers(0, len(owners) - 1))]
         table = owner.table
@@ -152,14 +155,17 @@ def test_random_steps_rewinds_forks_and_moves_leave_every_sequence_its_own_conte
                 with pytest.raises(ValueError, match="can not rewind"):
                     table.rewind(length)
         elif operation == "fork":
-            if table.can_rewind(table.length):
+            if table.fork_pages_wanted(table.length) > pool.num_free:
+                with pytest.raises(OutOfPagesError):
+                    table.fork(table.length)
+            elif table.can_rewind(table.length):
                 twin = Owner(table.fork(table.length))
                 twin.label, twin.tile_label = owner.label, owner.tile_label
                 owners.append(twin)
         elif operation == "move":
             state = table.state()
-            pool.share(table.owned_pages())  # as if the contents were elsewhere meanwhile
-            before = table.owned_pages()
+            before = table.filled_pages()
+            pool.share(before)  # as if the contents were elsewhere meanwhile
             table.free()
             table.adopt(state)
             pool.release(before)
@@ -216,6 +222,29 @@ def test_an_input_is_taken_back_as_a_whole() -> None:
     table.rewind(20)
     assert not table.staged.num_pages and not table.tail.is_staging
     table.check_integrity()
+
+
+def test_what_is_noted_of_a_begun_input_is_counted_in_pages() -> None:
+    """Scores and queries stand outside the pool: a client that forks begun inputs must not get that memory free."""
+    assert [NOTES.pages_for(count) for count in (0, 1, 4, 8, 32)] == [0, 1, 1, 2, 3]
+    pool, pages = PagePool(60), Pages(60)
+    owner = Owner(CompressedTable(pool, LAYOUT, policy=POLICY, page_tokens=PAGE_TOKENS, notes=NOTES))
+    assert run_part(pages, pool, owner, 8, is_unfinished=True, label=1)
+    table = owner.table
+    assert len(table.note_pages) == 2 and table.num_pages == table.staged.pages.size + 2
+    num_free = pool.num_free
+    twins = [table.fork(8) for _ in range(5)]
+    assert num_free - pool.num_free == 10 and table.fork(0).num_pages == 0
+    for twin in twins:
+        twin.check_integrity()
+        twin.free()
+    assert pool.num_free == num_free
+    assert run_part(pages, pool, owner, 1, is_unfinished=False, label=2)
+    assert not len(table.note_pages)
+    assert run_part(pages, pool, owner, 5, is_unfinished=True, label=3) and len(table.note_pages) == 2
+    table.rewind(9)
+    table.check_integrity()
+    assert not len(table.note_pages) and table.fork_pages_wanted(9) == 0
 
 
 def test_tiles_are_freed_and_used_again() -> None:
