@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import signal
 import socket
 import threading
@@ -31,6 +32,7 @@ _START_TIMEOUT_S: Final = 300.0
 _SLOW_PERIOD_S: Final = 0.2
 _POLL_S: Final = 0.05
 _ASK_TIMEOUT_S: Final = 1.0
+_SERVER_PORTS: Final = range(20_000, 30_000)
 
 
 class FrailServer:
@@ -309,7 +311,9 @@ class ServersUnderTest:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One below those that systems hand out by themselves: until the server listens, no connection can come to it."""
+    for port in random.sample(_SERVER_PORTS, len(_SERVER_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise FinalError(f"no port of {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1} is free on 127.0.0.1")
