@@ -146,6 +146,7 @@ class SessionDriver:
         results: list[torch.Tensor] = []
         is_first_loss = True
         must_go_back = not self.machine.can_go_back(self._policies or ())
+        telling: RetryElsewhereError | None = None
         while True:
             try:
                 if must_go_back:
@@ -162,8 +163,11 @@ class SessionDriver:
                 had_route, self._traffic = self._traffic is not None, None
                 if self.machine.state is SessionState.STEPPING:
                     self.machine.lose_route()
+                # A session that is gone from a server mostly follows from something else, which says more.
+                if telling is None or not _is_refusal_of_state(error):
+                    telling = error
                 if self._patience.left_s <= _RETRY_PAUSE_S:
-                    raise self._giving_up(error) from error
+                    raise self._giving_up(telling) from error
                 await asyncio.sleep(0 if had_route and is_first_loss else _RETRY_PAUSE_S)
                 is_first_loss = False
                 # Who compresses may know better than our record how far it can go back.

@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from swarm.client.blocks import BlockSession, SequenceInput
 from swarm.client.connection import SwarmBlocks
 from swarm.client.remote_model import SwarmModelForCausalLM
-from swarm.errors import DeadlineError, NoRouteError
+from swarm.client.session.driver import SessionDriver
+from swarm.errors import DeadlineError, NoRouteError, PeerBusyError, SessionStateError
 from swarm.kvcache.admission import AdmissionConfig
 from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
@@ -270,6 +271,26 @@ def test_a_gap_that_stays_is_named_in_time(llama: TinyLlama, is_announced: bool)
         doors.add(3, 6)
         assert_right(llama, append(session, 1), 21)
         assert tokens_run(doors.servers[0].node) <= num_run + PAGE_TOKENS + 1
+        session.close()
+
+
+def test_the_deadline_names_what_ended_the_session_first(llama: TinyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "The session is dead on this server" helps nobody who could have shortened the prompt."""
+    num_runs = 0
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == 1:
+            raise PeerBusyError("the KV memory is too small")
+        raise SessionStateError("the session is dead on this server")
+
+    monkeypatch.setattr(SessionDriver, "_run", refuse)
+    with servers_of(llama, (0, 6)) as doors:
+        session = doors.swarm.connect(request_timeout_s=1.0).open_session(max_length=64)
+        with pytest.raises(DeadlineError, match="within 1 s; last: the KV memory is too small"):
+            append(session, 20)
+        assert num_runs > 1
         session.close()
 
 
