@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import TracebackType
 from typing import Self
 
@@ -79,6 +80,10 @@ class GenerationSession:
     @position.setter
     def position(self, position: int) -> None:
         self.check_open()
+        try:
+            position = operator.index(position)
+        except TypeError:
+            raise BadInputError(f"a position is a whole number of tokens, not {position!r}") from None
         if not 0 <= position <= self.position:
             raise BadInputError(
                 f"the session is at position {self.position} and can only be set back, not to {position}"

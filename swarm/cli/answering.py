@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from swarm.client.remote_model import SwarmModelForCausalLM
     from swarm.datatypes import Hop
 
-__all__ = ["DEFAULT_NEW_TOKENS", "Answer", "AnswerSettings", "answer", "encode_prompt"]
+__all__ = ["DEFAULT_NEW_TOKENS", "Answer", "AnswerSettings", "answer", "check_is_text", "encode_prompt"]
 
 DEFAULT_NEW_TOKENS = 256
 """Length of an answer when nobody says how much; less where the model's context ends earlier."""
@@ -31,6 +31,10 @@ class AnswerSettings:
     """0 takes the likeliest token each time; above, tokens are sampled."""
     seed: int | None = None
     """Makes sampling repeatable."""
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise BadInputError(f"--seed {self.seed} is too large; give a number of at most 64 bits")
 
     def new_tokens_after(self, num_prompt_tokens: int, max_positions: int | None) -> int:
         """How many tokens to ask for. Lengths that the model does not allow are left to be refused there."""
@@ -85,12 +89,21 @@ class Answer:
         }
 
 
+def check_is_text(what: str, text: str) -> None:
+    """Refuse bytes of a terminal or a pipe that were no UTF-8: tokenizers fail on them. Raises BadInputError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInputError(f"{what} is no UTF-8 text; convert it, for example with iconv -t utf-8") from None
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_raw: bool) -> list[int]:
     """Token ids to feed: the prompt as a user's message where the tokenizer has a chat template, unless `is_raw`.
 
     Raises:
-        BadInputError: nothing is left to feed.
+        BadInputError: nothing is left to feed, or it is no UTF-8 text.
     """
+    check_is_text("the prompt", prompt)
     if not prompt.strip():
         raise BadInputError("the prompt is empty; give --prompt some text")
     if is_raw or not tokenizer.chat_template:

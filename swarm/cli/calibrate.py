@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate"]
 
+_SHORTEST_STRETCH: Final = 256
 _AGAIN = "\n\nRepeat the previous context:\n\n"
 
 
@@ -35,7 +37,7 @@ def calibrate(
         int, typer.Option("--stretches", metavar="N", min=1, help="How many stretches of the text are read.")
     ] = 12,
     stretch_tokens: Annotated[
-        int, typer.Option("--stretch-tokens", metavar="N", min=256, help="Length of each.")
+        int, typer.Option("--stretch-tokens", metavar="N", min=_SHORTEST_STRETCH, help="Length of each.")
     ] = 2048,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
@@ -56,11 +58,9 @@ def calibrate(
             from swarm.models.source import default_cache_dir, load_tokenizer, resolve_model
 
             source = resolve_model(model, report=progress)
-            if source.max_positions is not None and 2 * stretch_tokens > source.max_positions:
-                raise LengthLimitError(
-                    f"{model} holds {source.max_positions} tokens, and every stretch is read twice;"
-                    f" lower --stretch-tokens to {source.max_positions // 2 - 64} or less"
-                )
+            _check_length(model, source.max_positions, stretch_tokens)
+            path = out or calibration_path(default_cache_dir() / "kv", source.model_hash)
+            _check_writable(path)
             tokenizer: Any = load_tokenizer(model, report=progress)
             chosen = choose_stretches(
                 tokenizer(content, verbose=False)["input_ids"], num_stretches=stretches, stretch_tokens=stretch_tokens
@@ -73,7 +73,6 @@ def calibrate(
                 model_hash=source.model_hash,
                 report=progress,
             )
-            path = out or calibration_path(default_cache_dir() / "kv", source.model_hash)
             write_calibration(path, measured)
         if json:
             print_json({"model": model, "model_hash": source.model_hash, "file": str(path), "stretches": len(chosen)})
@@ -91,6 +90,30 @@ def _read(path: Path) -> str:
     if not content.strip():
         raise BadInputError(f"{path} has no text in it; give 100 kB or more, of many kinds")
     return content
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse, before minutes of measuring, what could not be written after them. Raises BadInputError or OSError."""
+    if path.is_dir():
+        raise BadInputError(f"--out {path} is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        # The error itself names a file that nobody has asked for.
+        raise OSError(error.errno, f"{error.strerror}; choose another place with --out", str(path)) from error
+
+
+def _check_length(model: str, max_positions: int | None, stretch_tokens: int) -> None:
+    """Every stretch is read twice. Raises LengthLimitError for a model that can not hold that."""
+    if max_positions is None or 2 * stretch_tokens <= max_positions:
+        return
+    if max_positions < 2 * _SHORTEST_STRETCH:
+        advice = f"models that hold less than {2 * _SHORTEST_STRETCH} are compressed by defaults, without a measurement"
+    else:
+        advice = f"lower --stretch-tokens to {max(max_positions // 2 - 64, _SHORTEST_STRETCH)} or less"
+    raise LengthLimitError(f"{model} holds {max_positions} tokens, and every stretch is read twice; {advice}")
 
 
 def _print_curve(path: Path, measured: Calibration) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from swarm.cli.answering import AnswerSettings
+from swarm.cli.answering import AnswerSettings, check_is_text
 from swarm.errors import LengthLimitError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Conversation:
             is_stopped: asked after each token; True ends the answer there.
 
         Raises:
+            BadInputError: the message is no UTF-8 text.
             LengthLimitError: the conversation has filled the model's context.
             NoRouteError, DeadlineError: from the swarm.
         """
@@ -94,6 +95,7 @@ class Conversation:
 
         from swarm.cli.text_stream import AnswerStreamer
 
+        check_is_text("the message", text)
         messages = [*self._messages, {"role": "user", "content": text}]
         session, position = self._session, self._session.position
         new_ids = self._new_ids(messages)

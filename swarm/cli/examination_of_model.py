@@ -81,9 +81,10 @@ def examine_model(
     `wants_identity` looks at the weight files too, to know which servers have the same model, and how the model was
     calibrated.
     """
+    from swarm.kvpolicy.calibration_file import find_curve
     from swarm.models import resolve_model, unsupported_reason
     from swarm.models.block_sizes import measure_model_shape
-    from swarm.models.source import max_positions_of, read_config
+    from swarm.models.source import default_cache_dir, max_positions_of, read_config
     from swarm.server.device_memory import find_default_device, measure_device_memory
 
     try:
@@ -94,6 +95,9 @@ def examine_model(
         if reason is not None:
             return None, Finding(subject="model", verdict="problem", seen=reason, advice="choose another model")
         shape = measure_model_shape(config)
+        if source is not None and policy.compresses:
+            # A damaged calibration is one problem with its own advice, not a lack of room in every precision.
+            find_curve(source.model_hash, cache_dir=default_cache_dir())
         rows = fit_precisions(
             shape,
             device,

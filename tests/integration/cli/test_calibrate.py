@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from swarm.cli.app import run
 from swarm.kvpolicy.calibration_file import calibration_path, find_calibration, find_curve
 from swarm.models.source import default_cache_dir, resolve_model
+from tests import tiny_models
 from tests.tiny_models import NUM_BLOCKS, save_tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -110,6 +112,38 @@ def test_stretches_beyond_the_models_length_are_refused(
     """Every stretch is read twice, which users can not know."""
     code = calibrate(save_model(tmp_path / "model"), text, "--stretch-tokens", "300")
     assert "lower --stretch-tokens" in fail(capsys, code)
+
+
+def test_a_stretch_that_is_advised_is_accepted(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Advice that leads to the next refusal is none."""
+    model = save_model(tmp_path / "model")
+    advised = re.search(
+        r"lower --stretch-tokens to (\d+)", fail(capsys, calibrate(model, text, "--stretch-tokens", "300"))
+    )
+    assert advised is not None
+    assert calibrate(model, text, "--stretch-tokens", advised[1]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("tests.tiny_models._COMMON", tiny_models._COMMON | {"max_position_embeddings": 400})
+    short = save_model(tmp_path / "short")
+    said = fail(capsys, calibrate(short, text))
+    assert "holds 400 tokens" in said and "lower" not in said
+
+
+@pytest.mark.parametrize(
+    ("out", "said"), [("folder", "is a folder"), ("file/curve", "choose another place with --out")]
+)
+def test_a_place_that_can_not_be_written_is_found_before_measuring(
+    out: str, said: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Minutes of work would be lost at their very end; and nothing is written outside of what was named."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    code = calibrate(save_model(tmp_path / "model"), text, "--out", str(tmp_path / out))
+    shown = capsys.readouterr().err
+    assert code in (1, 2)
+    assert said in shown and str(tmp_path / out) in shown and "Calibrating" not in shown
 
 
 def test_models_that_can_not_be_compressed_are_named(

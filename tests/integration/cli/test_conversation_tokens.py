@@ -10,7 +10,7 @@ import pytest
 from swarm.cli.answering import AnswerSettings, answer
 from swarm.cli.conversation import Conversation
 from swarm.client.remote_model import SwarmModelForCausalLM
-from swarm.errors import LengthLimitError
+from swarm.errors import BadInputError, LengthLimitError
 from tests.local_blocks import LocalBlocks, local_blocks
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -47,6 +47,15 @@ def conversation(folder: Path, blocks_and_model: tuple[LocalBlocks, SwarmModelFo
 def decode_history(conversation: Conversation, folder: Path) -> str:
     """All that the session holds, special tokens included."""
     return str(save_tiny_tokenizer(folder).decode(conversation.session.token_ids[0]))
+
+
+def test_bytes_that_are_no_text_end_only_the_turn(conversation: Conversation) -> None:
+    """A terminal with another encoding; the conversation so far must not be lost to it."""
+    conversation.ask("Hi", on_text=ignore, is_stopped=lambda: False)
+    before = conversation.session.token_ids
+    with pytest.raises(BadInputError, match="the message is no UTF-8 text"):
+        conversation.ask("caf\udce9", on_text=ignore, is_stopped=lambda: False)
+    assert conversation.session.token_ids == before
 
 
 def test_only_new_tokens_travel(

@@ -37,6 +37,23 @@ def test_empty_prompt_is_refused(tmp_path: Path) -> None:
         encode_prompt(save_tiny_tokenizer(tmp_path), " \n", is_raw=False)
 
 
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, is_raw: bool) -> None:
+    """A prompt from an old file or terminal; Python passes its bytes on as surrogates, and tokenizers fail on those."""
+    prompt = b"caf\xe9".decode("utf-8", "surrogateescape")
+    with pytest.raises(BadInputError, match="the prompt is no UTF-8 text"):
+        encode_prompt(save_tiny_tokenizer(tmp_path), prompt, is_raw=is_raw)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
+    """torch fails on it, after the model has been opened."""
+    with pytest.raises(BadInputError, match="--seed"):
+        AnswerSettings(seed=seed)
+    AnswerSettings(seed=2**64 - 1, temperature=1.0).generate_arguments()
+    AnswerSettings(seed=-(2**63), temperature=1.0).generate_arguments()
+
+
 @pytest.mark.parametrize(
     ("asked", "num_prompt", "max_positions", "expected"),
     [

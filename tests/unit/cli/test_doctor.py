@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from swarm.cli import examination
+from swarm.cli import examination, examination_of_swarm
 from swarm.cli.app import run
 from swarm.cli.examination import Finding, judge_packages
 from swarm.cli.examination_of_model import PrecisionRow, judge_fit
-from tests.tiny_models import NUM_BLOCKS, build_tiny_config
+from swarm.kvpolicy.calibration_file import calibration_path
+from swarm.models.source import default_cache_dir, resolve_model
+from tests.tiny_models import NUM_BLOCKS, build_tiny_config, save_tiny_model
 
 
 def test_packages_are_compared_with_what_is_required() -> None:
@@ -135,3 +137,20 @@ def test_kv_tokens_are_counted_under_a_policy(
         advice = next(check["advice"] for check in report["checks"] if check["subject"] == "model")
         assert ("--kv pyramid+gear" in advice) == (policy != "none")
     assert token_bytes[0] > 4 * token_bytes[1]
+
+
+def test_a_damaged_calibration_is_not_a_lack_of_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server would refuse to start for it, and no smaller model would help."""
+    monkeypatch.setattr(examination, "examine_machine", list)
+    monkeypatch.setattr(examination_of_swarm, "examine_address", lambda address, source: [])
+    monkeypatch.setenv("SWARM_CACHE", str(tmp_path / "cache"))
+    save_tiny_model("llama", tmp_path / "m")
+    path = calibration_path(default_cache_dir() / "kv", resolve_model(str(tmp_path / "m")).model_hash)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert run(["doctor", str(tmp_path / "m"), "--json", "--kv", "gear", "--join", "grpc://127.0.0.1:9"]) == 1
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert check["verdict"] == "problem"
+    assert "swarm calibrate" in check["seen"] and "smaller model" not in check["advice"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,6 +76,17 @@ def test_setting_the_position_back_forgets_what_came_after() -> None:
     assert _extend(session, [9]) == [[5, 9]]
     with pytest.raises(BadInputError, match="at position 1 and can only be set back, not to 2"):
         session.position = 2
+
+
+@pytest.mark.parametrize("position", [1.5, "2", None])
+def test_a_position_that_is_no_whole_number_changes_nothing(position: Any) -> None:
+    """`len(text) / 2` is soon written; the conversation must survive it."""
+    session = _session()
+    _send(session, [[5, 6]], [7])
+    with pytest.raises(BadInputError, match="whole number of tokens"):
+        session.position = position
+    session.position = 2
+    assert session.token_ids == [[5, 6]]
 
 
 def test_a_closed_session_says_so() -> None:
