@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from swarm.errors import BadInputError, UnsupportedModelError
@@ -78,6 +78,13 @@ class PolicyWish:
     max_positions: int
     """Context length of the model."""
     calibration: Calibration | None = None
+
+    def in_bits(self, bits: float) -> PolicyWish:
+        """The same, but for how finely is stored what is kept."""
+        if self.policy.quantisation is None:
+            return self
+        quantisation = replace(self.policy.quantisation, key_bits=bits, value_bits=bits)
+        return replace(self, policy=replace(self.policy, quantisation=quantisation))
 
     def build(
         self, shapes: Sequence[StoredShape], windows: Sequence[int], *, page_tokens: int, itemsize: int

@@ -256,12 +256,14 @@ def fail(sequence: CompressedSequence) -> None:
     raise RuntimeError("no such thing here")
 
 
+@pytest.mark.parametrize("preset", ["pyramid", "pyramid+gear", "gear-2bit"])
 @pytest.mark.parametrize(("fault", "words"), [(swap_heads, "differ by"), (fail, "no such thing here")])
 @pytest.mark.parametrize("step", ["settle", "finish"])
 def test_a_family_that_fails_at_events_is_served_exactly(
     fault: Callable[[CompressedSequence], None],
     words: str,
     step: str,
+    preset: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -276,6 +278,6 @@ def test_a_family_that_fails_at_events_is_served_exactly(
 
     monkeypatch.setattr(Compressor, step, fail_then)
     model = load_tiny_span("llama", tmp_path / "model")
-    chosen = choose_backend(model, memory_bytes=2**22, wish=wish_for("pyramid"))
+    chosen = choose_backend(model, memory_bytes=2**22, wish=wish_for(preset))
     assert chosen.is_batching and words in chosen.kv_problem
     assert isinstance(chosen.backend, RaggedBackend) and not chosen.backend.policy.compresses
