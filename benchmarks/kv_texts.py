@@ -3,7 +3,8 @@
 python benchmarks/kv_texts.py FOLDER
 
 They are parts of what Debian 12 and Python 3.11.7 bring (packages base-files, coreutils, gettext, gnupg,
-linux-libc-dev, nettle-dev, nodejs, openssl, readline-common, systemd, valgrind, wget).
+libc6, libpng16-16, libslang2, linux-libc-dev, lsof, nettle-dev, nodejs, openssl, perl-modules-5.36, readline-common,
+systemd, valgrind, wget).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 SHARE = Path("/usr/share")
 CALIBRATION_CHARACTERS = 16_000
-"""Of each of the fourteen parts: a stretch of 2048 tokens lies well within one."""
+"""Of each of the 28 parts: a stretch of 2048 tokens lies well within one."""
 JUDGED_BYTES = 80_000
 
 
@@ -48,6 +49,20 @@ def calibration_text() -> str:
         source("statistics"),
         read(SHARE / "doc/nodejs/api/stream.md"),
         read(SHARE / "info/nettle.info.gz")[3000:],
+        read(SHARE / "doc/nodejs/api/http.md"),
+        source("subprocess"),
+        read(SHARE / "doc/libc6/NEWS.gz"),
+        read(Path("/usr/include/linux/nl80211.h"))[3000:],
+        read(SHARE / "common-licenses/GFDL-1.3"),
+        read(SHARE / "doc/libpng16-16/libpng-manual.txt.gz")[3000:],
+        source("typing"),
+        read(SHARE / "perl/5.36/pod/perldiag.pod"),
+        read(SHARE / "doc/nodejs/api/crypto.md"),
+        read(SHARE / "doc/libslang2/slang.txt.gz")[20_000:],
+        source("datetime"),
+        read(SHARE / "doc/lsof/00FAQ.gz")[12_000:],
+        read(Path("/usr/include/linux/videodev2.h"))[3000:],
+        source("threading"),
     ]
     return "".join(part[:CALIBRATION_CHARACTERS] + "\n\n" for part in parts)
 

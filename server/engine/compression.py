@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from swarm.kvcache.compressed_table import PartPlan
-from swarm.kvpolicy.budget import count_kept
+from swarm.kvpolicy.budget import count_kept, count_recent
 from swarm.kvpolicy.layer_settings import LayerSettings
 from swarm.kvpolicy.scorers import MIN_QUERIES
 from swarm.kvpolicy.selection import find_dropped
@@ -55,6 +55,7 @@ class Compressor:
         self.busy_s = 0.0
         """Spent on events since start; other threads may read it."""
         self._count_kept = functools.lru_cache(maxsize=1024)(self._count_kept_anew)
+        self._count_recent = functools.lru_cache(maxsize=1024)(self._count_recent_anew)
 
     # -- what a step asks for ------------------------------------------------------------------
 
@@ -104,6 +105,15 @@ class Compressor:
             for head in range(self._num_heads)
         )
 
+    def _count_recent_anew(self, layer: int, num_tokens: int) -> tuple[int, ...]:
+        """Of each KV head of a server's layer, newest of `num_tokens` that are never dropped."""
+        settings = self._settings[layer]
+        assert self._policy.pruning is not None
+        return tuple(
+            count_recent(self._policy.pruning, settings.curve, settings.layer, head, num_tokens)
+            for head in range(self._num_heads)
+        )
+
     def _count_rows(
         self, sequence: CompressedSequence, event: CompressionEvent
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -122,6 +132,13 @@ class Compressor:
             elif policy.pruning is not None:
                 rows[layer] = np.minimum(rows[layer], self._count_kept(sequence.first_layer + layer, num_tokens))
         return rows, num_gone
+
+    def _find_protected(
+        self, sequence: CompressedSequence, event: CompressionEvent, layers: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Position from which each KV head of some layers keeps everything, [layers * Hk]."""
+        recent = [self._count_recent(sequence.first_layer + layer, event.length) for layer in layers.tolist()]
+        return event.length - np.array(recent, dtype=np.int64).reshape(-1)
 
     # -- events --------------------------------------------------------------------------------
 
@@ -201,7 +218,7 @@ class Compressor:
             torch.cat((stored.positions, new_positions)),
             torch.from_numpy(owners).to(self._store.device),
             num_dropped,
-            protected_from=event.length - policy.pruning.num_recent(event.length),
+            protected_from=self._find_protected(sequence, event, layers),
         )
         num_stored = len(stored.owners)
         is_gone = is_dropped[:num_stored]

@@ -13,7 +13,15 @@ from swarm.errors import BadInputError
 if TYPE_CHECKING:
     from swarm.kvpolicy.settings import KVPolicy, PruningSettings
 
-__all__ = ["BudgetCurve", "count_kept", "default_curve", "linear_curve", "pyramidinfer_curve", "uniform_curve"]
+__all__ = [
+    "BudgetCurve",
+    "count_kept",
+    "count_recent",
+    "default_curve",
+    "linear_curve",
+    "pyramidinfer_curve",
+    "uniform_curve",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +32,17 @@ class BudgetCurve:
     """Mean shares, ascending, in (0, 1]."""
     shares: tuple[tuple[tuple[float, ...], ...], ...]
     """[layers of the whole model][KV heads][ratios], each in [0, 1], ascending along the last axis."""
+    recent: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """Of the same shape, newest tokens that are never dropped; None leaves that to the policy."""
 
     def __post_init__(self) -> None:
         if not self.ratios or any(a >= b for a, b in zip(self.ratios, self.ratios[1:], strict=False)):
             raise BadInputError("a budget curve needs ratios that rise; measure it again with `swarm calibrate`")
+        if not self.shares or not self.shares[0] or any(len(heads) != len(self.shares[0]) for heads in self.shares):
+            raise BadInputError(
+                "a budget curve needs the same KV heads, one or more, for every layer;"
+                " measure it again with `swarm calibrate`"
+            )
         for heads in self.shares:
             for row in heads:
                 if len(row) != len(self.ratios) or not all(0 <= share <= 1 for share in row):
@@ -35,6 +50,16 @@ class BudgetCurve:
                         "a budget curve needs one share from 0 to 1 for every ratio;"
                         " measure it again with `swarm calibrate`"
                     )
+        if self.recent is not None and not self._fits(self.recent):
+            raise BadInputError(
+                "a budget curve needs a count of recent tokens, 0 or more, for every share;"
+                " measure it again with `swarm calibrate`"
+            )
+
+    def _fits(self, recent: Sequence[Sequence[Sequence[int]]]) -> bool:
+        lengths = [[len(row) for row in heads] for heads in recent]
+        is_valid = all(count >= 0 for heads in recent for row in heads for count in row)
+        return is_valid and lengths == [[len(row) for row in heads] for heads in self.shares]
 
     @property
     def num_layers(self) -> int:
@@ -42,13 +67,23 @@ class BudgetCurve:
 
     def share(self, layer: int, head: int, ratio: float) -> float:
         """Share that a KV head of an absolute layer keeps where the model's mean is `ratio`: linear in between."""
-        row = self.shares[layer][head]
-        above = bisect.bisect_left(self.ratios, ratio)
-        if above < len(self.ratios) and self.ratios[above] == ratio:
+        return self._look_up((0.0, *self.shares[layer][head], 1.0), ratio)
+
+    def num_recent(self, layer: int, head: int, ratio: float) -> int | None:
+        """Newest tokens that such a head never drops; None where the policy says how many."""
+        if self.recent is None:
+            return None
+        row = self.recent[layer][head]
+        return int(self._look_up((row[0], *row, row[-1]), ratio))
+
+    def _look_up(self, row: Sequence[float], ratio: float) -> float:
+        """Of numbers at ratio 0, at every ratio of the curve, and at 1."""
+        places = (0.0, *self.ratios, 1.0)
+        above = bisect.bisect_left(self.ratios, ratio) + 1
+        if above <= len(self.ratios) and places[above] == ratio:
             return row[above]
-        low_ratio, low = (self.ratios[above - 1], row[above - 1]) if above > 0 else (0.0, 0.0)
-        high_ratio, high = (self.ratios[above], row[above]) if above < len(self.ratios) else (1.0, 1.0)
-        return low + (high - low) * (ratio - low_ratio) / (high_ratio - low_ratio)
+        low, high = row[above - 1], row[above]
+        return low + (high - low) * (ratio - places[above - 1]) / (places[above] - places[above - 1])
 
 
 def count_kept(policy: KVPolicy, curve: BudgetCurve, layer: int, head: int, num_tokens: int) -> int:
@@ -60,17 +95,21 @@ def count_kept(policy: KVPolicy, curve: BudgetCurve, layer: int, head: int, num_
     pruning = policy.pruning
     if pruning is None:
         return num_tokens
-    ratio = min(1.0, pruning.keep_ratio + pruning.extra_tokens / max(num_tokens, 1))
-    wanted = curve.share(layer, head, ratio) * num_tokens
+    wanted = curve.share(layer, head, _mean_share(pruning, num_tokens)) * num_tokens
     blocks = math.floor(wanted / policy.block_tokens + 0.5)
-    return min(num_tokens, max(blocks * policy.block_tokens, count_protected(policy, pruning, num_tokens)))
-
-
-def count_protected(policy: KVPolicy, pruning: PruningSettings, num_tokens: int) -> int:
-    """Room that recent tokens need among the stored ones, in whole blocks."""
-    recent = pruning.num_recent(num_tokens) - policy.tail_tokens
-    blocks = math.ceil(max(recent, 0) / policy.block_tokens)
+    recent = count_recent(pruning, curve, layer, head, num_tokens) - policy.tail_tokens
+    blocks = max(blocks, math.ceil(max(recent, 0) / policy.block_tokens))
     return min(num_tokens, blocks * policy.block_tokens)
+
+
+def count_recent(pruning: PruningSettings, curve: BudgetCurve, layer: int, head: int, num_tokens: int) -> int:
+    """Newest positions, of a context of `num_tokens`, that a KV head never drops."""
+    measured = curve.num_recent(layer, head, _mean_share(pruning, num_tokens))
+    return pruning.num_recent(num_tokens) if measured is None else measured
+
+
+def _mean_share(pruning: PruningSettings, num_tokens: int) -> float:
+    return min(1.0, pruning.keep_ratio + pruning.extra_tokens / max(num_tokens, 1))
 
 
 def default_curve(num_layers: int, num_kv_heads: int) -> BudgetCurve:

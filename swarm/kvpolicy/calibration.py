@@ -2,9 +2,9 @@
 
 The model reads stretches of text, then reads each again while the first reading is its cache. How strongly the second
 reading looks a token up is that token's importance to a head (KVzip, 2505.23416): what is needed to say the
-text again serves any question about it. Budgets are what is left per head when one threshold cuts all importances;
-the scorer is a linear fit of their logarithm to hidden states; the axes are principal axes of keys weighted by the
-queries that meet them, and of values.
+text again serves any question about it. The scorer is a linear fit of the logarithm of importances to hidden states;
+the axes are principal axes of keys weighted by the queries that meet them, and of values. Then every stretch is read
+a third time, to measure what each head loses under that scorer: budgets, and how a head chooses, follow from that.
 """
 
 # Letters: L layers, Hk KV heads, G = Hq / Hk, n tokens of a stretch, t of a part, D, Dv dimensions, E hidden size.
@@ -12,31 +12,42 @@ queries that meet them, and of values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from swarm.errors import BadInputError
+from swarm.kvpolicy.budget import default_curve
+from swarm.kvpolicy.budget_allocation import allocate_budgets
 from swarm.kvpolicy.calibration_file import Calibration
-from swarm.kvpolicy.loss_measure import HeadLosses, allocate_budgets, measure_losses
+from swarm.kvpolicy.loss_measure import KeepGrid, measure_losses
 from swarm.kvpolicy.reference_model import AttentionCall, FullCache, ReferenceModel, attend_causally
-from swarm.kvpolicy.scorers import attention_received
+from swarm.kvpolicy.scorers import BlendedScorer, NewTokens, attention_received
 
 if TYPE_CHECKING:
     from swarm.models.progress import ProgressReporter
 
-__all__ = ["RATIOS", "SHARES", "CalibrationRun", "Stretch", "calibrate", "choose_stretches"]
+__all__ = ["GRID", "RATIOS", "CalibrationRun", "Stretch", "calibrate", "choose_stretches"]
 
 RATIOS: Final = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)
 """Mean shares at which curves are written down."""
-SHARES: Final = (0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75)
-"""Shares at which each head's loss is measured."""
+GRID: Final = KeepGrid(
+    weights=(0.0, 0.2, 0.4, 0.8, 1.6),
+    recent=(16, 32, 64, 96, 128, 192, 288),
+    shares=(0.0, 0.015, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75),
+    num_sinks=4,
+    num_tail=16,
+)
+"""Ways of choosing tokens at which each head's loss is measured."""
 _REPEATING_WEIGHT: Final = 6.0
 """What losses at repeating count beside losses at continuing: the one is rare, but all or nothing."""
 _CONTINUED_TOKENS: Final = 128
 _PART_TOKENS: Final = 512
 _MIN_IMPORTANCE: Final = 1e-6
-_NUM_SINKS: Final = 4
+_NUM_SINKS: Final = GRID.num_sinks
 _WINDOW: Final = 64
 _RIDGE: Final = 0.1
 
@@ -99,7 +110,6 @@ class CalibrationRun:
 
     def __init__(self, model: ReferenceModel) -> None:
         self._shape = model.shape
-        self._losses = torch.zeros(())
         num_layers = model.shape.num_layers
         self._normal: list[torch.Tensor | None] = [None] * num_layers
         self._targets: list[torch.Tensor] = [torch.zeros(())] * num_layers
@@ -137,25 +147,19 @@ class CalibrationRun:
             usual = received[_NUM_SINKS:-_WINDOW].clamp_min(_MIN_IMPORTANCE).log().mean()
             self._received[layer, head] += float(usual)
 
-    def add_losses(self, losses: torch.Tensor) -> None:
-        """Take [L, Hk, shares] into account."""
-        self._losses = self._losses + losses
-
-    def finish(self, model_hash: str) -> Calibration:
-        """What the stretches say together."""
+    def fit(self, model_hash: str) -> Calibration:
+        """What two readings of the stretches say together; its curve and weights are still those of no model."""
         key_mean, key_axes, key_sizes = self._find_key_axes()
         value_mean, value_axes, value_sizes = self._find_value_axes()
+        num_layers, num_heads = self._shape.num_layers, self._shape.num_kv_heads
         return Calibration(
             model_hash=model_hash,
-            curve=allocate_budgets(
-                HeadLosses(shares=SHARES, losses=self._losses),
-                RATIOS,
-                [layer in self._shape.windows for layer in range(self._shape.num_layers)],
-            ),
+            curve=default_curve(num_layers, num_heads),
             key_sizes=key_sizes,
             value_sizes=value_sizes,
-            scorer_weights=torch.stack([self._fit(layer) for layer in range(self._shape.num_layers)]).half(),
+            scorer_weights=torch.stack([self._fit(layer) for layer in range(num_layers)]).half(),
             received_mean=(self._received / self._num_stretches).float(),
+            received_weight=torch.zeros(num_layers, num_heads),
             key_mean=key_mean,
             key_axes=key_axes,
             value_mean=value_mean,
@@ -241,14 +245,44 @@ def _typical(sizes: torch.Tensor) -> list[float]:
 
 
 def lose_heads(
-    model: ReferenceModel, stretch: Stretch, token_ids: Sequence[int], again: Sequence[int], *, seed: int
-) -> torch.Tensor:
-    """[L, Hk, shares]: losses at the end of a stretch, and at repeating a part of what came before."""
+    model: ReferenceModel, fitted: Calibration, token_ids: Sequence[int], again: Sequence[int], *, seed: int
+) -> npt.NDArray[np.float64]:
+    """Losses of GRID, [L, Hk, W, R, S], at the end of a stretch and at repeating a part of what came before."""
     num_continued = min(_CONTINUED_TOKENS, len(token_ids) // 4)
     num_context = len(token_ids) - num_continued
-    keys = [stretch.cache.keys[layer][:, :num_context] for layer in range(model.shape.num_layers)]
-    values = [stretch.cache.values[layer][:, :num_context] for layer in range(model.shape.num_layers)]
-    rankings = [_rank(stretch, layer, num_context) for layer in range(model.shape.num_layers)]
+    context = FullCache()
+    scorer = BlendedScorer(fitted)
+    scores: list[torch.Tensor] = []
+
+    def guess(call: AttentionCall) -> torch.Tensor:
+        positions = torch.arange(len(call.hidden))  # which it does not look at
+        return scorer.score_new(
+            NewTokens(layer=call.layer, positions=positions, hidden=call.hidden, num_kv_heads=len(call.keys))
+        )
+
+    def read(call: AttentionCall) -> torch.Tensor:
+        """Scores come as they would when the context has been read to its end."""
+        output = context.attend(call)
+        guesses = guess(call)
+        keys = context.keys[call.layer]
+        newest = call.queries[:, -scorer.query_tokens :].chunk(len(keys))
+        looked_up = torch.stack(
+            [
+                scorer.correction(
+                    call.layer,
+                    head,
+                    attention_received(queries, keys[head], call.scaling, num_before=num_context - queries.shape[1]),
+                )
+                for head, queries in enumerate(newest)
+            ]
+        )
+        scores.append(torch.stack([guesses + weight * looked_up for weight in GRID.weights]))
+        return output
+
+    with torch.no_grad():
+        model.run_hidden(token_ids[:num_context], 0, read)
+    keys = [context.keys[layer] for layer in range(model.shape.num_layers)]
+    values = [context.values[layer] for layer in range(model.shape.num_layers)]
     first = (num_context - num_continued) * (seed % 7) // 7
     readings = (
         (1.0, list(token_ids[num_context:]), 0),
@@ -256,38 +290,11 @@ def lose_heads(
     )
     total = torch.zeros(())
     for weight, reading, num_ignored in readings:
-        measured = measure_losses(
-            model,
-            keys,
-            values,
-            rankings,
-            reading,
-            num_ignored=num_ignored,
-            shares=SHARES,
-            num_sinks=_NUM_SINKS,
-            num_recent=min(_WINDOW, num_context // 4),
-            seed=seed,
+        losses = measure_losses(
+            model, keys, values, scores, reading, GRID, score_new=guess, num_ignored=num_ignored, seed=seed
         )
-        total = total + weight * measured.losses
-    return total
-
-
-def _rank(stretch: Stretch, layer: int, num_context: int) -> torch.Tensor:
-    """[Hk, context]: what the context's last queries attend to."""
-    queries = torch.cat(stretch.queries[layer], dim=1)[:, max(num_context - _WINDOW, 0) : num_context]
-    keys = stretch.cache.keys[layer][:, :num_context]
-    group = len(queries) // len(keys)
-    return torch.stack(
-        [
-            attention_received(
-                queries[head * group : (head + 1) * group],
-                keys[head],
-                stretch.scaling[layer],
-                num_before=num_context - queries.shape[1],
-            )
-            for head in range(len(keys))
-        ]
-    )
+        total = total + weight * losses
+    return total.numpy()
 
 
 def choose_stretches(token_ids: Sequence[int], *, num_stretches: int, stretch_tokens: int) -> list[list[int]]:
@@ -324,11 +331,15 @@ def calibrate(
         raise BadInputError("there is no text to calibrate on; give a longer one")
     run = CalibrationRun(model)
     report.start("Calibrating", 3 * sum(map(len, stretches)), "tokens")
-    for seed, token_ids in enumerate(stretches):
+    for token_ids in stretches:
         with torch.no_grad():
-            stretch = read_twice(model, token_ids, again, report)
-            run.add(stretch)
-        run.add_losses(lose_heads(model, stretch, token_ids, again, seed=seed))
+            run.add(read_twice(model, token_ids, again, report))
+    fitted = run.fit(model_hash)
+    losses = np.zeros(())
+    for seed, token_ids in enumerate(stretches):
+        losses = losses + lose_heads(model, fitted, token_ids, again, seed=seed)
         report.advance(len(token_ids))
+    is_fixed = [layer in model.shape.windows for layer in range(model.shape.num_layers)]
+    curve, weights = allocate_budgets(GRID, losses / len(stretches), RATIOS, is_fixed)
     report.finish()
-    return run.finish(model_hash)
+    return replace(fitted, curve=curve, received_weight=torch.from_numpy(weights).float())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ __all__ = [
     "write_calibration",
 ]
 
-FORMAT: Final = "swarm-kv-1"
+FORMAT: Final = "swarm-kv-2"
 _SHIPPED: Final = Path(__file__).parent / "calibrations"
 _MAX_HEADER_BYTES: Final = 16 << 20
 
@@ -51,6 +52,8 @@ class Calibration:
     """[L, hidden size + 1, Hk] float16: logarithm of a token's importance from the attention module's input and 1."""
     received_mean: torch.Tensor = field(repr=False)
     """[L, Hk] float32: mean logarithm of the attention a token gets from a window of later queries."""
+    received_weight: torch.Tensor = field(repr=False)
+    """[L, Hk] float32: how much attention beyond that mean counts, beside the scorer's guess."""
     key_mean: torch.Tensor = field(repr=False)
     """[L, Hk, D] float32"""
     key_axes: torch.Tensor = field(repr=False)
@@ -61,7 +64,15 @@ class Calibration:
     """[L, Hk, Dv, Dv] float16"""
 
 
-_TENSORS: Final = ("scorer_weights", "received_mean", "key_mean", "key_axes", "value_mean", "value_axes")
+_TENSORS: Final = (
+    "scorer_weights",
+    "received_mean",
+    "received_weight",
+    "key_mean",
+    "key_axes",
+    "value_mean",
+    "value_axes",
+)
 
 
 def calibration_path(folder: Path, model_hash: ModelHash | str) -> Path:
@@ -121,15 +132,22 @@ def _parse(path: Path, model_hash: ModelHash | str | None) -> _Header:
         shares = tuple(
             tuple(tuple(float(share) for share in row) for row in heads) for heads in json.loads(metadata["shares"])
         )
+        recent = tuple(
+            tuple(tuple(int(count) for count in row) for row in heads) for heads in json.loads(metadata["recent"])
+        )
         header = _Header(
             metadata["model_hash"],
-            BudgetCurve(ratios=ratios, shares=shares),
+            BudgetCurve(ratios=ratios, shares=shares, recent=recent),
             tuple(float(size) for size in json.loads(metadata["key_sizes"])),
             tuple(float(size) for size in json.loads(metadata["value_sizes"])),
         )
+        if not all(0 < size < math.inf for size in (*header.key_sizes, *header.value_sizes)):
+            raise ValueError("sizes of axes that are not above 0")
     except OSError as error:
         raise BadInputError(f"the calibration {path} can not be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise BadInputError(
             f"{path} is no usable calibration ({error}); measure it again with `swarm calibrate`"
         ) from error
@@ -162,6 +180,7 @@ def _read_cached(path: Path, mtime_ns: int) -> Calibration:
         **{name: tensors[name] for name in _TENSORS},
     )
     _check_shapes(path, calibration)
+    _check_numbers(path, calibration)
     return calibration
 
 
@@ -178,8 +197,11 @@ def _check_shapes(path: Path, calibration: Calibration) -> None:
     num_layers = calibration.curve.num_layers
     num_heads = len(calibration.curve.shares[0])
     key_dim, value_dim = len(calibration.key_sizes), len(calibration.value_sizes)
+    hidden_rows = calibration.scorer_weights.shape[1] if calibration.scorer_weights.ndim == 3 else 0
     expected = {
+        "scorer_weights": (num_layers, hidden_rows, num_heads),
         "received_mean": (num_layers, num_heads),
+        "received_weight": (num_layers, num_heads),
         "key_mean": (num_layers, num_heads, key_dim),
         "key_axes": (num_layers, num_heads, key_dim, key_dim),
         "value_mean": (num_layers, num_heads, value_dim),
@@ -194,6 +216,19 @@ def _check_shapes(path: Path, calibration: Calibration) -> None:
             )
 
 
+def _check_numbers(path: Path, calibration: Calibration) -> None:
+    import torch
+
+    for name in _TENSORS:
+        numbers = getattr(calibration, name)
+        is_usable = numbers.is_floating_point() and bool(numbers.isfinite().all())
+        if is_usable and name.endswith("_axes"):
+            # Codes are read back through the inverse.
+            is_usable = not bool(torch.linalg.inv_ex(numbers.double()).info.any())
+        if not is_usable:
+            raise BadInputError(f"{name} of {path} can not be computed with; measure it again with `swarm calibrate`")
+
+
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write the file in one move; OSError when the disk refuses."""
     from safetensors.torch import save
@@ -205,6 +240,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "model_hash": calibration.model_hash,
         "ratios": json.dumps(calibration.curve.ratios),
         "shares": json.dumps([[[round(s, 4) for s in row] for row in heads] for heads in calibration.curve.shares]),
+        "recent": json.dumps(calibration.curve.recent),
         "key_sizes": json.dumps([float(f"{size:.4g}") for size in calibration.key_sizes]),
         "value_sizes": json.dumps([float(f"{size:.4g}") for size in calibration.value_sizes]),
     }

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from swarm.kvpolicy.budget import count_kept
+from swarm.kvpolicy.budget import count_kept, count_recent
 from swarm.kvpolicy.layer_settings import LayerSettings
 from swarm.kvpolicy.scorers import MIN_QUERIES, NewTokens, attention_received
 from swarm.kvpolicy.selection import select_kept
@@ -257,7 +257,8 @@ class LayerCache:
         if pruning is None:
             return torch.arange(len(positions))
         num_kept = count_kept(policy, self.settings.curve, self.settings.layer, head, event.end - policy.num_sinks)
-        protected_from = event.length - pruning.num_recent(event.length)
+        num_recent = count_recent(pruning, self.settings.curve, self.settings.layer, head, event.length)
+        protected_from = event.length - num_recent
         return select_kept(scores, positions, min(num_kept, len(positions)), protected_from=protected_from)
 
     def _drop(self, head: int, kept: torch.Tensor, new_keys: torch.Tensor, new_values: torch.Tensor) -> None:

@@ -18,7 +18,15 @@ __all__ = ["RULES_HASH_CHARS", "hash_rules"]
 RULES_HASH_CHARS: Final = 32
 _ROWS_FORMAT: Final = 1
 """Raised when the same rules would write other bytes than before."""
-_TENSORS: Final = ("scorer_weights", "received_mean", "key_mean", "key_axes", "value_mean", "value_axes")
+_TENSORS: Final = (
+    "scorer_weights",
+    "received_mean",
+    "received_weight",
+    "key_mean",
+    "key_axes",
+    "value_mean",
+    "value_axes",
+)
 
 
 def hash_rules(policy: KVPolicy, calibration: Calibration | None) -> str:
@@ -33,6 +41,7 @@ def hash_rules(policy: KVPolicy, calibration: Calibration | None) -> str:
         numbers = {
             "ratios": calibration.curve.ratios,
             "shares": calibration.curve.shares,
+            "recent": calibration.curve.recent,
             "key_sizes": list(calibration.key_sizes),
             "value_sizes": list(calibration.value_sizes),
         }

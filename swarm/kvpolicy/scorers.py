@@ -20,7 +20,7 @@ from swarm.errors import BadInputError
 from swarm.kvpolicy.calibration_file import Calibration
 from swarm.kvpolicy.selection import find_nth, rank_scores
 
-__all__ = ["SCORERS", "NewTokens", "Scorer", "attention_received", "build_scorer"]
+__all__ = ["SCORERS", "BlendedScorer", "NewTokens", "Scorer", "attention_received", "build_scorer"]
 
 _MIN_WEIGHT: Final = 1e-6
 _PLACE_MASK: Final = (1 << 31) - 1
@@ -155,16 +155,22 @@ class LearnedScorer:
 
 
 class BlendedScorer(LearnedScorer):
-    """The learned guess, corrected once by what the queries at the end of the token's own chunk attend to."""
+    """The learned guess, corrected once by what the queries at the end of the token's own chunk attend to.
+
+    How much that counts is measured for every head: some look where they looked before, others do not.
+    """
 
     query_tokens: int = 64
-    _WEIGHT: Final = 0.35
 
     def rescore(
         self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor
     ) -> torch.Tensor:
-        usual = float(self._calibration.received_mean[layer, head])
-        return torch.where(is_new, scores + self._WEIGHT * (received.clamp_min(_MIN_WEIGHT).log() - usual), scores)
+        weight = float(self._calibration.received_weight[layer, head])
+        return torch.where(is_new, scores + weight * self.correction(layer, head, received), scores)
+
+    def correction(self, layer: int, head: int, received: torch.Tensor) -> torch.Tensor:
+        """By how much more than usual a head's candidates are attended to: [m] logarithms, of weights [m]."""
+        return received.clamp_min(_MIN_WEIGHT).log() - float(self._calibration.received_mean[layer, head])
 
 
 class RandomScorer:

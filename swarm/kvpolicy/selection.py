@@ -39,7 +39,7 @@ def find_dropped(
     owners: torch.Tensor,
     num_dropped: npt.NDArray[np.int64],
     *,
-    protected_from: int,
+    protected_from: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
     """The same choice for many heads at once, whose candidates stand in any order: bool [m], what is not kept.
 
@@ -48,9 +48,10 @@ def find_dropped(
         positions: [m] int64, below 2 ** 31; those of one head differ.
         owners: [m] int64, which head each candidate is of.
         num_dropped: [P] of each head.
-        protected_from: tokens at this position or later are kept before all others.
+        protected_from: [P], tokens of a head at this position or later are kept before all its others.
     """
-    ranks = torch.where(positions >= protected_from, _PROTECTED, rank_scores(scores))
+    is_protected = positions >= torch.from_numpy(protected_from).to(owners.device)[owners]
+    ranks = torch.where(is_protected, _PROTECTED, rank_scores(scores))
     keys, owners_there = ((ranks << 31) + positions).cpu().numpy(), owners.cpu().numpy()
     return np.asarray(keys <= find_nth(keys, owners_there, num_dropped - 1)[owners_there])
 

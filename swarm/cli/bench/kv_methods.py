@@ -164,7 +164,8 @@ def _fingerprint(settings: object, calibration: Calibration | None) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     if calibration is not None:
         digest.update(repr(calibration.curve).encode())
-        for tensor in (calibration.scorer_weights, calibration.key_axes, calibration.value_axes):
+        learned = calibration.scorer_weights, calibration.received_mean, calibration.received_weight
+        for tensor in (*learned, calibration.key_axes, calibration.value_axes):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

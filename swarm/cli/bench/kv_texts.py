@@ -14,7 +14,7 @@ from swarm.errors import BadInputError
 
 __all__ = ["Document", "HiddenCodes", "hide_codes", "load_texts", "take_documents"]
 
-_STDLIB: Final = ("argparse", "_pydecimal", "inspect", "typing", "unittest.mock", "http.server")
+_STDLIB: Final = ("argparse", "_pydecimal", "inspect", "pathlib", "unittest.mock", "http.server")
 """Sources of Python itself, half prose, half code; none of them was calibrated on."""
 _FIRST: Final = ("amber", "crimson", "silver", "golden", "quiet", "rapid", "hidden", "frozen", "ancient", "broken")
 _SECOND: Final = (

@@ -21,6 +21,7 @@ def calibration(seed: int = 0) -> Calibration:
         value_sizes=(2.0, 1.0),
         scorer_weights=torch.randn(2, 5, 1, generator=generator).half(),
         received_mean=torch.zeros(2, 1),
+        received_weight=torch.zeros(2, 1),
         key_mean=torch.zeros(2, 1, 2),
         key_axes=torch.eye(2).expand(2, 1, 2, 2).half(),
         value_mean=torch.zeros(2, 1, 2),
@@ -45,6 +46,8 @@ def test_everything_that_matters_changes_the_hash() -> None:
         hash_rules(policy, measured),
         hash_rules(policy, None),
         hash_rules(tuned, measured),
+        hash_rules(policy, replace(measured, received_weight=torch.ones(2, 1))),
+        hash_rules(policy, replace(measured, curve=replace(measured.curve, recent=(((64,) * 20,),) * 2))),
         hash_rules(replace(policy, pruning=PruningSettings(keep_ratio=0.268)), measured),
         hash_rules(policy, calibration(seed=1)),
         hash_rules(policy, replace(measured, key_sizes=(2.0, 1.5))),
@@ -52,4 +55,4 @@ def test_everything_that_matters_changes_the_hash() -> None:
         hash_rules(policy, replace(measured, received_mean=torch.ones(2, 1))),
         *(hash_rules(other, measured) for other in PRESETS.values()),
     }
-    assert len(hashes) == 6 + len(PRESETS)
+    assert len(hashes) == 8 + len(PRESETS)

@@ -56,13 +56,15 @@ def _calibration(seed: int = 0, *, curve: BudgetCurve | None = None) -> Calibrat
     ratios = (0.1, 0.3, 0.6)
     weights = [[0.5 + 0.5 * ((3 * layer + 2 * head) % 3) for head in range(HEADS)] for layer in range(LAYERS)]
     shares = tuple(tuple(tuple(min(1.0, weight * ratio) for ratio in ratios) for weight in heads) for heads in weights)
+    recent = tuple(tuple((16 + 8 * head, 24 + 8 * layer, 40) for head in range(HEADS)) for layer in range(LAYERS))
     return Calibration(
         model_hash="a" * 64,
-        curve=curve or BudgetCurve(ratios=ratios, shares=shares),
+        curve=curve or BudgetCurve(ratios=ratios, shares=shares, recent=recent),
         key_sizes=[1.0 / (1 + rank) for rank in range(DIM)],
         value_sizes=[1.0 / (1 + rank) for rank in range(DIM)],
         scorer_weights=normal(LAYERS, HIDDEN + 1, HEADS).half(),
         received_mean=normal(LAYERS, HEADS) - 6,
+        received_weight=normal(LAYERS, HEADS).abs(),
         key_mean=normal(LAYERS, HEADS, DIM),
         key_axes=(torch.eye(DIM) + 0.2 * normal(LAYERS, HEADS, DIM, DIM)).half(),
         value_mean=normal(LAYERS, HEADS, DIM),
@@ -443,8 +445,9 @@ def test_choosing_for_all_heads_at_once_is_choosing_for_each(entries: list[tuple
     positions = torch.arange(len(entries))
     counts = np.bincount(owners.numpy(), minlength=4)
     num_dropped = counts // 2
-    found = find_dropped(scores, positions, owners, num_dropped, protected_from=20)
-    for owner in range(4):
+    protected_from = np.array([20, 3, 0, 8])
+    found = find_dropped(scores, positions, owners, num_dropped, protected_from=protected_from)
+    for owner, first in enumerate(protected_from.tolist()):
         own = owners == owner
-        kept = select_kept(scores[own], positions[own], int(counts[owner] - num_dropped[owner]), protected_from=20)
+        kept = select_kept(scores[own], positions[own], int(counts[owner] - num_dropped[owner]), protected_from=first)
         assert positions[own][kept].tolist() == positions[own & torch.from_numpy(~found)].tolist()
