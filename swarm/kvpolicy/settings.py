@@ -106,6 +106,8 @@ class KVPolicy:
 FULL_CACHE: Final = KVPolicy(name="none", preset="none")
 
 _FOUR_BIT: Final = QuantisationSettings(key_bits=4, value_bits=4)
+_SHORT_VALUES: Final = QuantisationSettings(key_bits=4, value_bits=3.5)
+"""Where most tokens are dropped, more of them are worth more than the last half bit of their values."""
 _PRESETS: Final = (
     FULL_CACHE,
     KVPolicy(name="pyramid", preset="pyramid", pruning=PruningSettings(keep_ratio=0.4)),
@@ -113,20 +115,22 @@ _PRESETS: Final = (
     KVPolicy(
         name="pyramid+gear",
         preset="pyramid+gear",
-        pruning=PruningSettings(keep_ratio=0.268),
+        pruning=PruningSettings(keep_ratio=0.27),
         quantisation=_FOUR_BIT,
     ),
     KVPolicy(
         name="pyramid+gear",
         preset="smallest",
-        pruning=PruningSettings(keep_ratio=0.15),
-        quantisation=_FOUR_BIT,
+        pruning=PruningSettings(keep_ratio=0.165),
+        quantisation=_SHORT_VALUES,
     ),
+    # Read in longer chunks than others: what is compressed early costs the rest of the prompt.
     KVPolicy(
         name="pyramid+gear",
         preset="twentieth",
-        pruning=PruningSettings(keep_ratio=0.133),
-        quantisation=_FOUR_BIT,
+        pruning=PruningSettings(keep_ratio=0.144),
+        quantisation=_SHORT_VALUES,
+        chunk_tokens=4096,
     ),
     # What is left at half the bits: an option for long contexts of models that stand it.
     KVPolicy(name="gear", preset="gear-2bit", quantisation=QuantisationSettings(key_bits=2, value_bits=2)),

@@ -48,7 +48,7 @@ def test_everything_that_matters_changes_the_hash() -> None:
         hash_rules(tuned, measured),
         hash_rules(policy, replace(measured, received_weight=torch.ones(2, 1))),
         hash_rules(policy, replace(measured, curve=replace(measured.curve, recent=(((64,) * 20,),) * 2))),
-        hash_rules(replace(policy, pruning=PruningSettings(keep_ratio=0.268)), measured),
+        hash_rules(replace(policy, pruning=PruningSettings(keep_ratio=policy.pruning.keep_ratio)), measured),
         hash_rules(policy, calibration(seed=1)),
         hash_rules(policy, replace(measured, key_sizes=(2.0, 1.5))),
         hash_rules(policy, replace(measured, value_axes=measured.value_axes * 2)),
