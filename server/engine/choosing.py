@@ -33,8 +33,8 @@ _LONG_TOLERANCE = 0.05
 """Relative, root mean square; rounding may also have a token of many ask another expert."""
 _FINE_BITS = 8
 _FINE_TOLERANCE = 0.25
-"""Likewise, where tokens are stored in that many bits: blocks of the demo model, asked about noise, differ by up to 0.08,
-by 0.6 or more where heads are mixed up."""
+"""Likewise, where tokens are stored in that many bits: blocks of the demo model, asked about noise, differ by up to
+0.08, by 0.6 or more where heads are mixed up."""
 _CODED_TOLERANCE = 1.1
 """Likewise, in the policy's own bits: by up to 0.55 with 4 bits, 0.97 with 2, so this finds nonsense only."""
 _RAW_TOLERANCE = 0.02
