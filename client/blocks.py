@@ -75,8 +75,8 @@ class BlockSession(ABC):
         """Run new tokens through all blocks.
 
         Returns, in the order of `inputs`, the last block's outputs [T, H] of each; with `last_only` only
-        the last row [min(T, 1), H]. Raises LengthLimitError before anything is sent, SessionClosedError,
-        NoRouteError or DeadlineError.
+        the last row [min(T, 1), H]. Raises LengthLimitError (before anything is sent, or when no server has memory
+        for so long a session), SessionClosedError, NoRouteError or DeadlineError.
         """
 
     @abstractmethod

@@ -85,6 +85,11 @@ class PeerHealth:
         record = self._record(peer)
         record.avoided_until_s = max(record.avoided_until_s, self._now_s() + self._ban_s)
 
+    def record_too_small(self, peer: PeerId) -> None:
+        """The peer is well, but could never hold what was asked of it, which is no failure: others are used now."""
+        record = self._record(peer)
+        record.avoided_until_s = max(record.avoided_until_s, self._now_s() + self._ban_s)
+
     def record_success(self, peer: PeerId) -> None:
         """The peer did its work."""
         record = self._record(peer)

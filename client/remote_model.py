@@ -89,7 +89,8 @@ class SwarmModelForCausalLM(RemoteModel, GenerationMixin):
             [B, T + N] int64, or transformers' output object with `return_dict_in_generate`.
 
         Raises:
-            LengthLimitError: longer than the model's context or the session, before anything is computed.
+            LengthLimitError: longer than the model's context or the session, before anything is computed; or than any
+                server's memory holds.
             BadInputError: arguments that a swarm can not serve.
             NoRouteError, DeadlineError, SessionClosedError: from the swarm.
         """

@@ -160,9 +160,16 @@ class RouteFinder:
 
     async def can_avoid(self, peer: PeerId) -> bool:
         """Whether others, who have not failed lately either, serve all blocks without this peer."""
+        return await self._has_route(self._health.avoided() | {peer})
+
+    async def can_route_without(self, peers: Collection[PeerId]) -> bool:
+        """Whether others, be they full at the moment, serve all blocks without these peers."""
+        return await self._has_route((self._health.avoided() - self._health.busy()) | set(peers))
+
+    async def _has_route(self, avoid: Collection[PeerId]) -> bool:
         servers = await self.servers(fresh=True)
         try:
-            self._plan_span(servers, Span(start=0, end=self._num_blocks), self._health.avoided() | {peer})
+            self._plan_span(servers, Span(start=0, end=self._num_blocks), avoid)
         except NoRouteError:
             return False
         return True

@@ -19,6 +19,7 @@ __all__ = [
     "DeviceMemory",
     "check_room_to_read",
     "format_size",
+    "note_on_inputs",
     "plan_capacity",
     "spread_evenly",
 ]
@@ -179,6 +180,22 @@ def check_room_to_read(plan: CapacityPlan, sizes: BlockSizes) -> None:
             f"prompts are while they are read: too few to serve anybody; give {format_size(1024 * per_token)} or more "
             "--kv-memory"
         )
+
+
+def note_on_inputs(preset: str, kv_bytes: int, longest: str, enough_bytes: int) -> str:
+    """What an operator should know of KV memory that compressed sessions fit, and long inputs do not.
+
+    Args:
+        preset: by which caches are kept.
+        kv_bytes: the KV memory there is.
+        longest: tokens of the longest input that fits, in words.
+        enough_bytes: KV memory in which inputs have no such limit.
+    """
+    return (
+        f"KV policy {preset} compresses an input once it has been read, and more than {longest} tokens of one do not "
+        f"fit {format_size(kv_bytes)} of KV until then; give {-(-enough_bytes // _MIB)}MiB or more --kv-memory for "
+        "longer ones"
+    )
 
 
 def spread_evenly(num_layers: int, num_streamed: int) -> list[int]:

@@ -14,7 +14,7 @@ The first split is the one callers act on: can trying another server help?
         │   ├── ModelNotFoundError   no such model name, folder or file
         │   ├── ModelFilesError      the files are there but are not a usable model
         │   ├── UnsupportedModelError  a model we would serve wrongly, refused by name
-        │   └── LengthLimitError     longer than the model or the session allows
+        │   └── LengthLimitError     longer than the model, the session or all servers' memory allows
         ├── DownloadError            files could not be fetched
         ├── JoinError                nobody answers at a join address
         ├── AddressInUseError        a port that is already taken
@@ -122,7 +122,7 @@ class UnsupportedModelError(BadInputError):
 
 
 class LengthLimitError(BadInputError):
-    """More positions than the model's context or the session's max_length."""
+    """More positions than the model's context, the session's max_length, or a server's whole KV memory."""
 
 
 class DownloadError(FinalError):

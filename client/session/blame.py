@@ -52,6 +52,7 @@ class Blame:
         self._is_searching = False
         self._refused_by: PeerId | None = None
         self._out_of_step: set[PeerId] = set()
+        self._too_small: set[PeerId] = set()
 
     @property
     def use_push(self) -> bool:
@@ -98,7 +99,18 @@ class Blame:
         self._health.record_failure(hop.peer_id)
         return PeerFaultError(str(refusal))
 
+    def note_too_small(self, hop: Hop) -> frozenset[PeerId]:
+        """A hop finds the session too long for it, which is no failure: whoever has more room may take it.
+
+        Returns all who have said so in this step.
+        """
+        self._health.record_too_small(hop.peer_id)
+        self._too_small.add(hop.peer_id)
+        self._is_searching = False
+        return frozenset(self._too_small)
+
     def settle(self) -> None:
         """The step is done: what was held against servers during it is forgotten."""
         self._refused_by = None
         self._out_of_step.clear()
+        self._too_small.clear()

@@ -12,6 +12,7 @@ from swarm.client.transport.liveness import SignOfLife, SilentPeerError, look_fo
 from swarm.datatypes import Hop, PeerId
 from swarm.errors import (
     FinalError,
+    LengthLimitError,
     PeerFaultError,
     PeerLeavingError,
     PeerLostError,
@@ -143,11 +144,22 @@ class Inquiry:
             self.note_leaving(hop, error)
             return error
         self._holdings.forget(hop.peer_id)
+        if isinstance(error, LengthLimitError):
+            return await self._into_too_long(hop, error)
         if isinstance(error, FinalError):
             return self._blame.weigh(hop, error)
         if isinstance(error, RetryElsewhereError):
             await self._blame.record(hop, error)
         return error
+
+    async def _into_too_long(self, hop: Hop, refusal: LengthLimitError) -> SwarmError:
+        """What is too long for one server may fit another: the refusal is final once no route is left to try."""
+        too_small = self._blame.note_too_small(hop)
+        if not await self._finder.can_route_without(too_small):
+            return refusal
+        elsewhere = PeerFaultError(str(refusal))
+        elsewhere.__cause__ = refusal
+        return elsewhere
 
     # -- what nobody said ----------------------------------------------------------------------
 

@@ -202,12 +202,11 @@ class MemoryRoom:
             self.spilled_bytes -= session.spilled.size_bytes
             session.spilled = None
 
-    def _check_others(self, session: HeldSession, num_pages: int, purpose: str = "") -> None:
+    def _check_others(self, session: HeldSession, num_pages: int) -> None:
         """Waiting helps only while somebody else holds pages; else raise PeerBusyError."""
         if self.transfers or any(other.holds_pages for other in self._sessions.values() if other is not session):
             return
-        pool = self.store.pool
         raise PeerBusyError(
-            f"the step needs {num_pages} more pages of KV memory{purpose}, and its own session holds all but "
-            f"{pool.num_free} of the {pool.num_pages} here; use a shorter context or a server with more KV memory"
+            f"the step needs {num_pages} more pages of KV memory than its session has, {self.store.pool.num_free} are "
+            "free here, and nobody holds others"
         )

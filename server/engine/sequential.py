@@ -17,6 +17,7 @@ from swarm.models.narrowed import narrow
 from swarm.server.capacity import kv_tokens_that_fit
 from swarm.server.engine.engine import NotNow
 from swarm.server.engine.kv_usage import KVUsage
+from swarm.server.engine.memory_bounds import refuse_session
 from swarm.server.engine.stateless import run_stateless
 from swarm.server.engine.work import BackwardWork, ForwardWork, SessionKey, StepWork
 
@@ -104,6 +105,10 @@ class SequentialBackend:
     def _check_room(self, work: StepWork) -> None:
         num_new = work.hidden.shape[0]
         if num_new > self.num_tokens_free:
+            after = {sequence: cache.length for sequence, cache in self._caches.get(work.session, {}).items()}
+            after |= {item.sequence: item.start + item.count for item in work.sequences}
+            if sum(after.values()) > self.num_tokens_total:
+                raise refuse_session(self.num_tokens_total)
             raise PeerBusyError(f"the KV memory has room for {self.num_tokens_free} tokens, not for {num_new}")
 
     @torch.inference_mode()

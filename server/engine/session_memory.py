@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.errors import BadInputError, SessionStateError
+from swarm.datatypes import Span
+from swarm.errors import BadInputError, LengthLimitError, SessionStateError
 from swarm.kvcache.compressed_checks import drop_idle_pages
 from swarm.kvcache.compressed_state import CompressedState
 from swarm.kvcache.page_table import PageTable
@@ -20,14 +21,16 @@ from swarm.server.engine.compressed_sequence import CompressedSequence, Compress
 from swarm.server.engine.engine import NotNow
 from swarm.server.engine.held_session import HeldSession, PlainSequence
 from swarm.server.engine.kv_usage import KVUsage, measure_usage
+from swarm.server.engine.memory_bounds import longest_input, pages_for_input, refuse_input, refuse_session
 from swarm.server.engine.memory_room import MemoryConfig, MemoryRoom
 from swarm.server.engine.page_store import PageStore
+from swarm.server.engine.spilling import count_pages
 from swarm.server.engine.step_cuts import Stretch, find_stretches
 from swarm.server.engine.work import SessionKey, StepWork
 from swarm.server.session_mirror import SequenceStep
 
 if TYPE_CHECKING:
-    from swarm.datatypes import AdapterHash, Span
+    from swarm.datatypes import AdapterHash
     from swarm.kvcache.compressed_table import PartPlan
     from swarm.server.engine.compressed_store import CompressedStore
     from swarm.server.engine.sequence_pages import HeldPages
@@ -84,6 +87,22 @@ class SessionMemory(MemoryRoom):
         if self._compression is not None:
             return num_pages * self.store.page_bytes // self._compression.bytes_per_token
         return num_pages // self.store.num_layers * self._config.page_tokens
+
+    def longest_input(self, max_tokens: int) -> tuple[int, int] | None:
+        """What limits the inputs of compressed sessions in all blocks; None when they may have `max_tokens`.
+
+        Tokens that a new session's input may have, and bytes of memory that would take `max_tokens`, or as many as are
+        read before they are compressed. Without compression there is no such limit.
+        """
+        compression = self._compression
+        if compression is None:
+            return None
+        span = Span(start=compression.first_block, end=compression.first_block + self.store.num_layers)
+        wanted = min(max_tokens, compression.store.policy.chunk_tokens)
+        longest = longest_input(compression, span, num_pages=self.store.pool.num_pages)
+        if longest >= wanted:
+            return None
+        return longest, pages_for_input(compression, span, wanted) * self.store.page_bytes
 
     # -- transfers -----------------------------------------------------------------------------
 
@@ -169,8 +188,8 @@ class SessionMemory(MemoryRoom):
         the part's end.
 
         `work.hidden` is on the host, in the model's dtype. `protected` are sessions of the same batch, which make
-        no room. Raises PeerBusyError when the step could never fit, SessionStateError when it continues what is
-        not held; the session should be forgotten then.
+        no room. Raises LengthLimitError when its session would not fit if it were alone, SessionStateError when it
+        continues what is not held; the session should be forgotten then.
         """
         session = self._sessions.get(work.session)
         if session is None:
@@ -268,13 +287,32 @@ class SessionMemory(MemoryRoom):
         return prepared
 
     def _have_room(
-        self, num_pages: int, session: HeldSession, protected: Collection[SessionKey], purpose: str = ""
+        self, num_pages: int, session: HeldSession, protected: Collection[SessionKey], num_staged: int = 0
     ) -> bool:
-        """Have `num_pages` free. Raises PeerBusyError when waiting would not help."""
-        if num_pages <= self.store.pool.num_free or self._make_room(num_pages, session, protected):
+        """Have `num_pages` free, for an input of which `num_staged` tokens stand uncompressed.
+
+        Raises LengthLimitError, before anybody makes room, when the session would not fit if it were alone.
+        """
+        pool = self.store.pool
+        if num_pages <= pool.num_free:
             return True
-        self._check_others(session, num_pages, purpose)
+        if count_pages(session.sequences) + num_pages > pool.num_pages:
+            raise self._refusal(session, num_staged)
+        if self._make_room(num_pages, session, protected):
+            return True
+        self._check_others(session, num_pages)
         return False
+
+    def _refusal(self, session: HeldSession, num_staged: int) -> LengthLimitError:
+        """What to say to a session that is too long for all of the memory."""
+        store, num_pages = self.store, self.store.pool.num_pages
+        if not session.compresses or self._compression is None:
+            return refuse_session(num_pages // len(session.span) * self._config.page_tokens)
+        longest = longest_input(self._compression, session.span, num_pages=num_pages)
+        if num_staged > longest:
+            return refuse_input(longest)
+        num_tokens = self.num_tokens_total * store.num_layers // len(session.span)
+        return refuse_session(num_tokens, is_exact=False)
 
     # -- compressed sequences ------------------------------------------------------------------
 
@@ -296,8 +334,13 @@ class SessionMemory(MemoryRoom):
         for (_, held), plan in zip(parts, plans, strict=True):
             num_new_tiles = events.max_new_tiles(held, plan.end) if plan.ends_staging else 0
             wanted.append(held.table.pages_wanted(plan, num_new_tiles))
-        purpose = ", to read its input into before it is compressed" if any(plan.is_staged for plan in plans) else ""
-        if not self._have_room(sum(wanted), session, protected, purpose):
+        # What was staged of one input may have been compressed every `chunk_tokens`.
+        staged = [
+            plan.end - (held.table.staged_start if held.table.tail.is_staging else plan.start)
+            for (_, held), plan in zip(parts, plans, strict=True)
+            if plan.is_staged
+        ]
+        if not self._have_room(sum(wanted), session, protected, num_staged=max(staged, default=0)):
             return NotNow("the KV memory is full")
         prepared: list[PreparedItem] = []
         for (item, held), plan, num_pages in zip(parts, plans, wanted, strict=True):

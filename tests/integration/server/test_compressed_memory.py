@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from swarm.errors import BadInputError, PeerBusyError, SessionStateError
+from swarm.errors import BadInputError, LengthLimitError, SessionStateError
 from swarm.kvpolicy.settings import KVPolicy
 from swarm.kvpolicy.streaming import next_cut
 from swarm.server.engine.compressed_sequence import CompressedSequence
+from swarm.server.engine.memory_bounds import longest_input
 from swarm.server.engine.page_transfer import PageExport, PageImport
 from swarm.server.engine.session_memory import MemoryConfig, SessionMemory
 from swarm.server.engine.work import SessionKey, StepWork
@@ -120,7 +121,7 @@ def test_random_sessions_of_both_kinds_keep_their_tokens(seed: int) -> None:
                     server.memory.check_integrity()
                     server.clock.now_s += 4
                 happened["run"] += 1
-            except (PeerBusyError, SessionStateError) as error:
+            except (LengthLimitError, SessionStateError) as error:
                 happened[type(error).__name__] += 1
                 server.memory.forget(key)
                 server.tokens.pop(key, None)
@@ -212,11 +213,47 @@ def test_what_can_not_be_gone_back_to_is_refused_in_a_sentence(policy: KVPolicy)
 def test_a_prompt_that_can_never_be_read_says_so() -> None:
     """An operator must learn that memory is short for reading, though the compressed session would fit."""
     server = MemoryServer(PRUNING, num_pages=30)
-    with pytest.raises(PeerBusyError, match="before it is compressed"):
+    with pytest.raises(LengthLimitError, match="until it has been read it stands uncompressed"):
         server.step(A, [SequenceStep(0, 0, 0, 60)], compresses=True)
     server.memory.forget(A)
     server.memory.check_integrity()
     assert server.page_store.pool.num_free == 30
+
+
+@pytest.mark.parametrize("num_pages", [10, 30, 45])
+def test_the_longest_input_is_told_to_the_token(policy: KVPolicy, num_pages: int) -> None:
+    """A person shortens a prompt by that number, so it must fit then; and less must not be asked of anybody."""
+    server = MemoryServer(policy, num_pages=num_pages)
+    compression = server.memory._compression
+    assert compression is not None
+    longest = longest_input(compression, SPAN, num_pages=num_pages)
+    assert 0 < longest < policy.chunk_tokens
+    with pytest.raises(LengthLimitError, match=f" {longest} tokens fit like this"):
+        server.step(A, [SequenceStep(0, 0, 0, longest + 1)], compresses=True)
+    server.memory.forget(A)
+    assert server.step(A, [SequenceStep(0, 0, 0, longest)], compresses=True)
+    server.check()
+
+
+def test_memory_for_a_whole_chunk_takes_inputs_of_any_length(policy: KVPolicy) -> None:
+    """Nothing is said about the length of inputs then."""
+    server = MemoryServer(policy, num_pages=200)
+    compression = server.memory._compression
+    assert compression is not None
+    assert longest_input(compression, SPAN, num_pages=200) == policy.chunk_tokens
+
+
+def test_a_compressed_session_that_outgrows_the_server_is_told_so() -> None:
+    """Its inputs are short, so the sentence is about the session."""
+    server = MemoryServer(QUANTISING, num_pages=40)
+
+    def talk() -> None:
+        for _ in range(200):
+            server.feed(A, 2)
+
+    with pytest.raises(LengthLimitError, match=r"session outgrows .* holds about \d+ compressed tokens in all;"):
+        talk()
+    server.check()
 
 
 def test_a_session_makes_room_and_comes_back_in_the_middle_of_an_input(policy: KVPolicy) -> None:
@@ -263,7 +300,7 @@ def test_begun_inputs_can_not_be_forked_for_nothing() -> None:
     num_note_pages = sum(len(table.note_pages) for table in tables)
     assert noted <= num_note_pages * page_bytes < noted + 6 * page_bytes
     assert before - pool.num_free >= num_note_pages - len(tables[0].note_pages)
-    with pytest.raises(PeerBusyError, match="KV memory"):
+    with pytest.raises(LengthLimitError, match="KV memory"):
         server.step(A, [SequenceStep(each, 0, 40, 0, is_unfinished=True) for each in range(6, 60)], compresses=True)
     server.check()
     num_held = pool.num_pages - pool.num_free

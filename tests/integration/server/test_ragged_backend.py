@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swarm.datatypes import Span
-from swarm.errors import BadInputError, PeerBusyError, SessionStateError
+from swarm.errors import BadInputError, LengthLimitError, PeerBusyError, SessionStateError
 from swarm.models import SpanModel, load_span, resolve_model
 from swarm.server.engine.choosing import choose_backend
 from swarm.server.engine.engine import Engine, NotNow
@@ -439,11 +439,40 @@ def test_beams_in_host_memory_still_share_their_pages(
 
 
 def test_a_session_that_outgrows_the_server_is_told_so(llama: SpanModel, rows: torch.Tensor) -> None:
-    """Waiting for room that nobody can make would be silence for ever."""
+    """Waiting for room that nobody can make would be silence for ever, and a replay here ends in the same way."""
     backend = make_backend(llama, num_tokens=64)
     run_one(backend, step(0, rows[:64], (0, 0, 0, 64)))
     (error,) = backend.run_steps([step(0, rows[:1], (0, 0, 64, 1))])
-    assert isinstance(error, PeerBusyError) and "KV memory" in str(error)
+    assert isinstance(error, LengthLimitError) and "KV memory, which holds 64 tokens in all;" in str(error)
+
+
+def test_nobody_makes_room_for_a_session_that_never_fits(llama: SpanModel, rows: torch.Tensor) -> None:
+    """Moving others out would cost them time and help no one; what fits once they are gone is another matter."""
+    backend = make_backend(llama, num_tokens=64, prefix_memory_bytes=0, spill_memory_bytes=0)
+    run_one(backend, step(0, rows[:32], (0, 0, 0, 32)))
+    never, later = backend.run_steps([step(1, rows[:65], (0, 0, 0, 65)), step(2, rows[:64], (0, 0, 0, 64))])
+    assert isinstance(never, LengthLimitError) and isinstance(later, NotNow)
+    assert backend.memory.num_spills == backend.memory.num_closed == 0
+    backend.forget(key(0))
+    run_one(backend, step(3, rows[:128], (0, 0, 0, 128), span=INNER))  # half the blocks take half of each token
+    (error,) = backend.run_steps([step(3, rows[:1], (0, 0, 128, 1), span=INNER)])
+    assert isinstance(error, LengthLimitError) and "holds 128 tokens in all;" in str(error)
+
+
+def test_a_sequential_server_tells_full_from_too_small(llama: SpanModel, rows: torch.Tensor) -> None:
+    """Only the first passes."""
+    backend = SequentialBackend(llama, memory_bytes=64 * SequentialBackend(llama, memory_bytes=2**20)._bytes_per_token)
+    run_one(backend, step(0, rows[:40], (0, 0, 0, 40)))
+    full, never, outgrown = backend.run_steps(
+        [
+            step(1, rows[:64], (0, 0, 0, 64)),
+            step(1, rows[:65], (0, 0, 0, 65)),
+            step(0, rows[:25], (1, 0, 0, 25)),
+        ]
+    )
+    assert isinstance(full, PeerBusyError)
+    for error in (never, outgrown):
+        assert isinstance(error, LengthLimitError) and "holds 64 tokens in all;" in str(error)
 
 
 @pytest.mark.parametrize("spill_memory_bytes", [2**24, 0])

@@ -18,7 +18,7 @@ from swarm.client.blocks import BlockSession, SequenceInput
 from swarm.client.connection import SwarmBlocks
 from swarm.client.remote_model import SwarmModelForCausalLM
 from swarm.client.session.driver import SessionDriver
-from swarm.errors import DeadlineError, NoRouteError, PeerBusyError, SessionStateError
+from swarm.errors import DeadlineError, LengthLimitError, NoRouteError, PeerBusyError, SessionStateError
 from swarm.kvcache.admission import AdmissionConfig
 from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 HIDDEN_SIZE = 32
 PAGE_TOKENS = 16
+BYTES_PER_TOKEN = 2 * 2 * 8 * 4
+"""Of one block: keys and values of two heads of 8 numbers in fp32."""
 THIRDS = ((0, 2), (2, 4), (4, 6))
 
 
@@ -292,6 +294,65 @@ def test_the_deadline_names_what_ended_the_session_first(llama: TinyLlama, monke
             append(session, 20)
         assert num_runs > 1
         session.close()
+
+
+def add_small(swarm: InProcessSwarm, start: int, end: int, *, num_tokens: int = 64) -> Node:
+    """A server whose KV memory holds few tokens of its blocks."""
+    return swarm.add_server(start, end, kv_memory_bytes=num_tokens * BYTES_PER_TOKEN * (end - start))
+
+
+@pytest.mark.parametrize("spans", [[(0, 6)], [(0, 3), (3, 6)]])
+def test_what_never_fits_ends_at_once(llama: TinyLlama, spans: list[tuple[int, int]]) -> None:
+    """Until the deadline nothing would change, and each attempt costs the server a whole prompt."""
+    with InProcessSwarm(llama.folder, [], limits=SessionLimits(detach_grace_s=5.0)) as swarm:
+        nodes = [swarm.add_server(*span) for span in spans[:-1]]
+        nodes.append(add_small(swarm, *spans[-1]))
+        client = swarm.connect(request_timeout_s=60.0, max_step_tokens=40)
+        session = client.open_session(max_length=200)
+        append(session, 20)
+        started_s = time.monotonic()
+        with pytest.raises(LengthLimitError, match=r"holds 64 tokens in all; use a shorter prompt or another server"):
+            append(session, 100)
+        assert time.monotonic() - started_s < 20.0
+        # Pushed tensors come from others, so what is said of them is believed once the client has carried them.
+        assert nodes[-1]._engine is not None and nodes[-1]._engine.counters.num_failed_steps == len(spans)
+        held = session.lengths[0]
+        assert held in (20, 60), "parts that went through all blocks are kept"
+        assert_right(llama, append(session, 2), held + 2)
+        assert all(peer.num_failures == 0 for peer in client.peer_health())
+        session.close()
+        wait_until(lambda: all(map(is_idle, nodes)))
+
+
+def test_what_one_server_never_fits_another_takes(llama: TinyLlama) -> None:
+    """However many are too small, as long as one is not; none of them has failed."""
+    with InProcessSwarm(llama.folder, [], limits=SessionLimits(detach_grace_s=5.0)) as swarm:
+        for _ in range(2):
+            add_small(swarm, 0, 6)
+        client = swarm.connect(ban_s=60.0)
+        session = client.open_session(max_length=200)
+        append(session, 20)
+        large = [swarm.add_server(0, 3), swarm.add_server(3, 6)]
+        assert_right(llama, append(session, 100), 120)
+        assert [hop.peer_id for hop in session.route] == [node.info.peer_id for node in large]
+        assert all(peer.num_failures == 0 for peer in client.peer_health())
+        session.close()
+
+
+def test_a_compressed_prompt_that_can_never_be_read_ends_at_once(llama: TinyLlama) -> None:
+    """The server announces room for many more tokens, so the sentence says why these do not fit."""
+    with InProcessSwarm(llama.folder, [], limits=SessionLimits(detach_grace_s=5.0), kv_policy="smallest") as swarm:
+        node = add_small(swarm, 0, 6, num_tokens=128)
+        assert node.info.kv_policy == "smallest"
+        session = swarm.connect(request_timeout_s=60.0).open_session(max_length=256)
+        with pytest.raises(
+            LengthLimitError, match=r"until it has been read it stands uncompressed, and \d+ tokens fit"
+        ):
+            append(session, 130)
+        assert node._engine is not None and node._engine.counters.num_failed_steps == 1
+        append(session, 20)
+        session.close()
+        wait_until(lambda: is_idle(node))
 
 
 def test_who_recovers_waits_in_the_queue_of_the_only_replacement(llama: TinyLlama) -> None:

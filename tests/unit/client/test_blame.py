@@ -86,6 +86,18 @@ def test_a_refusal_is_believed_when_a_second_server_repeats_it(blame: Blame, hea
     assert health.avoided() == set()
 
 
+def test_who_is_too_small_has_not_failed(blame: Blame, health: PeerHealth) -> None:
+    """It is passed by for the moment, remembered for the step, and no worse for others' short sessions afterwards."""
+    blame.search()
+    assert blame.note_too_small(hop("a")) == {"a"}
+    assert blame.note_too_small(hop("b")) == {"a", "b"}
+    assert blame.use_push
+    assert health.avoided() == {"a", "b"} and health.busy() == set()
+    assert all(peer.num_failures == 0 and peer.reliability == 1.0 for peer in health.experience())
+    blame.settle()
+    assert blame.note_too_small(hop("b")) == {"b"}
+
+
 def test_a_new_step_asks_two_again(blame: Blame) -> None:
     """Two refusals of different steps are no agreement."""
     blame.weigh(hop("a"), BadInputError("no"))
