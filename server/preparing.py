@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from swarm.server.node_config import NodeConfig
     from swarm.server.spread_plan import SpreadPlan
 
-__all__ = ["Workplace", "find_workplace"]
+__all__ = ["CPU_KV_BYTES", "Workplace", "find_workplace"]
 
 logger = logging.getLogger(__name__)
-_CPU_KV_BYTES: Final = 2**30
+CPU_KV_BYTES: Final = 2**30
 """For keys and values on a CPU when nobody says how much: people do other things with main memory."""
 
 
@@ -87,7 +87,7 @@ class Workplace:
 
     def _kv_bytes(self, config: NodeConfig) -> int | None:
         if config.kv_memory_bytes is None and self.is_cpu:
-            return _CPU_KV_BYTES
+            return CPU_KV_BYTES
         return config.kv_memory_bytes
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from swarm.models.progress import ProgressReporter
     from swarm.server.engine.engine import SpanBackend
     from swarm.server.node_config import NodeConfig
-    from swarm.server.policy_layers import PolicyWish
+    from swarm.server.policy_layers import PolicyLayers, PolicyWish
     from swarm.server.preparing import Workplace
 
 __all__ = ["LoadedSpan", "load_backend", "make_wish", "note_on_calibration"]
@@ -58,7 +58,7 @@ class LoadedSpan:
     kv_policy: str = FULL_CACHE.preset
     """Preset that sessions are kept by; `none` also where the one asked for can not be served."""
     kv_note: str = ""
-    """What the operator should know about that, in one sentence; empty when there is nothing to say."""
+    """What the operator should know about that, in a sentence or two; empty when there is nothing to say."""
     rules_hash: str = ""
     """Of all that decides what the policy keeps and how; empty where everything is kept."""
     footprint: Footprint | None = None
@@ -126,7 +126,8 @@ def _on_one_device(
     backend = chosen.backend
     layers = backend.policy_layers if isinstance(backend, RaggedBackend) else None
     if layers is not None:
-        note = note_on_calibration(source, wish)
+        notes = (note_on_calibration(source, wish), _note_on_inputs(backend, layers))
+        note = ". ".join(filter(None, notes))
     else:
         note = _note_on_fallback(config.policy, chosen.kv_problem or chosen.reason) if wish is not None else ""
     return LoadedSpan(
@@ -169,6 +170,17 @@ def note_on_calibration(source: ModelSource, wish: PolicyWish | None) -> str:
         f"KV policy {wish.policy.preset} goes by defaults, because {source.name} was never measured; "
         f"`swarm calibrate {source.name} --text FILE` on every server gives better answers in the same memory"
     )
+
+
+def _note_on_inputs(backend: SpanBackend, layers: PolicyLayers) -> str:
+    """That long inputs do not fit, where the memory holds less than what is read before it is compressed."""
+    from swarm.server.capacity_plan import note_on_inputs
+
+    limit = backend.memory.longest_input(layers.footprint.max_positions) if backend.memory is not None else None
+    if limit is None:
+        return ""
+    longest, enough_bytes = limit
+    return note_on_inputs(layers.policy.preset, backend.kv_usage.total_bytes, f"{longest:,}", enough_bytes)
 
 
 def _note_on_fallback(policy: KVPolicy, reason: str) -> str:

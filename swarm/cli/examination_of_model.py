@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from swarm.models import ModelSource
     from swarm.models.block_sizes import BlockSizes, ModelShape
     from swarm.models.progress import ProgressReporter
-    from swarm.server.capacity_plan import DeviceMemory
+    from swarm.server.capacity_plan import CapacityPlan, DeviceMemory
     from swarm.weights import Precision
 
 __all__ = ["ModelReport", "PrecisionRow", "examine_model", "fit_precisions", "judge_fit"]
@@ -37,6 +37,8 @@ class PrecisionRow:
     kv_tokens: int
     sentence: str
     """The plan, or why there is none."""
+    note: str = ""
+    """What else to know of it, in one sentence; empty when there is nothing to say."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class PrecisionRow:
             "kv_bytes": self.kv_bytes,
             "kv_tokens": self.kv_tokens,
             "explanation": self.sentence,
+            "note": self.note,
         }
 
 
@@ -133,15 +136,44 @@ def fit_precisions(
         max_positions: context length of the model; None is a long one.
     """
     from swarm.server.planned_kv import sizes_under
+    from swarm.server.preparing import CPU_KV_BYTES
     from swarm.weights import Precision
 
     def sizes_in(precision: Precision) -> BlockSizes:
         return sizes_under(policy, shape, precision, device, model_hash=model_hash, max_positions=max_positions)
 
-    return [_fit_precision(precision, partial(sizes_in, precision), memory) for precision in Precision]
+    def note_in(precision: Precision, plan: CapacityPlan, sizes: BlockSizes) -> str:
+        if not policy.compresses:
+            return ""
+        if memory.is_host:  # what a server takes by itself
+            plan = replace(plan, kv_bytes=CPU_KV_BYTES)
+        num_tokens = min(policy.chunk_tokens, max_positions or policy.chunk_tokens)
+        return _note_on_inputs(policy, plan, sizes, shape.sizes(precision, device), num_tokens)
+
+    return [
+        _fit_precision(precision, partial(sizes_in, precision), memory, partial(note_in, precision))
+        for precision in Precision
+    ]
 
 
-def _fit_precision(precision: Precision, measure: Callable[[], BlockSizes], memory: DeviceMemory) -> PrecisionRow:
+def _note_on_inputs(policy: KVPolicy, plan: CapacityPlan, sizes: BlockSizes, exact: BlockSizes, num_tokens: int) -> str:
+    """That inputs of `num_tokens` do not fit while they are read, uncompressed beside what becomes of them."""
+    from swarm.server.capacity_plan import check_room_to_read, note_on_inputs
+
+    check_room_to_read(plan, exact)
+    per_token = plan.num_blocks * (sizes.kv_bytes_per_token + exact.kv_bytes_per_token)
+    longest = plan.kv_bytes // per_token
+    if longest >= num_tokens:
+        return ""
+    return note_on_inputs(policy.preset, plan.kv_bytes, f"about {longest:,}", num_tokens * per_token)
+
+
+def _fit_precision(
+    precision: Precision,
+    measure: Callable[[], BlockSizes],
+    memory: DeviceMemory,
+    find_note: Callable[[CapacityPlan, BlockSizes], str],
+) -> PrecisionRow:
     from swarm.server.capacity_plan import plan_capacity
 
     block_bytes: int | None = None
@@ -149,6 +181,7 @@ def _fit_precision(precision: Precision, measure: Callable[[], BlockSizes], memo
         sizes = measure()
         block_bytes = sum(sizes.weight_bytes) // sizes.num_blocks
         plan = plan_capacity(sizes, memory)
+        note = find_note(plan, sizes)
     except SwarmError as error:  # no room, or a package is missing for this precision
         return PrecisionRow(
             weights=precision.value,
@@ -165,6 +198,7 @@ def _fit_precision(precision: Precision, measure: Callable[[], BlockSizes], memo
         kv_bytes=plan.kv_bytes,
         kv_tokens=plan.kv_tokens,
         sentence=plan.sentence,
+        note=note,
     )
 
 
@@ -185,4 +219,6 @@ def judge_fit(name: str, num_blocks: int, rows: list[PrecisionRow], *, kv_policy
         command = f"{command} --kv {kv_policy}"
     if best.num_blocks < num_blocks:
         command = f"{command} --num-blocks {best.num_blocks}"
+    if best.note:
+        return Finding(subject="model", verdict="warn", seen=f"{name}: {best.sentence}. {best.note}", advice=command)
     return Finding(subject="model", verdict="ok", seen=f"{name}: {best.sentence}", advice=command)

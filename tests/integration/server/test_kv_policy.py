@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -265,6 +266,28 @@ def test_announced_tokens_return_exactly(llama: TinyLlama, raw: RawClient, node:
     for asking in asked:
         asking.stream.close()
     wait_until(lambda: node.info.kv_tokens_free == node.info.kv_tokens_total)
+
+
+def test_memory_that_long_inputs_do_not_fit_is_told_of(llama: TinyLlama, node: Node) -> None:
+    """The tokens announced are compressed ones; how long a prompt may be must not be found out by those who ask."""
+    assert "do not fit" not in node.kv_note
+    with InProcessSwarm(llama.folder, [(0, 6)], limits=LIMITS, kv_policy=POLICY, kv_memory_bytes=2**18) as small:
+        note = small.nodes[0].kv_note
+        told = re.search(r"more than (\d+) tokens of one do not fit 0.2 MiB of KV until then; give (\d+)MiB", note)
+        assert told is not None, note
+        assert small.nodes[0].info.kv_tokens_total > 2 * int(told[1])
+        with RawClient(small.nodes[0].info) as raw:
+            for too_many in (0, 1):
+                asking = Asking(llama, raw)
+                asking.send(0, int(told[1]) + too_many)
+                reply = asking.stream.receive()
+                assert reply is not None
+                assert reply[0].HasField("result") == (not too_many)
+                assert reply[0].failure.code == (pb.FAILURE_LENGTH if too_many else pb.FAILURE_UNSPECIFIED)
+                asking.stream.close()
+        enough = int(told[2]) * 2**20
+    with InProcessSwarm(llama.folder, [(0, 6)], kv_policy=POLICY, kv_memory_bytes=enough) as large:
+        assert "do not fit" not in large.nodes[0].kv_note
 
 
 @pytest.mark.parametrize("family", ["falcon", "bloom"])
