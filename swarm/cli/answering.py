@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from swarm.client.remote_model import SwarmModelForCausalLM
     from swarm.datatypes import Hop
 
-__all__ = ["DEFAULT_NEW_TOKENS", "Answer", "AnswerSettings", "answer", "check_is_text", "encode_prompt"]
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "Answer",
+    "AnswerSettings",
+    "answer",
+    "check_is_text",
+    "check_prompt",
+    "encode_prompt",
+]
 
 DEFAULT_NEW_TOKENS = 256
 """Length of an answer when nobody says how much; less where the model's context ends earlier."""
@@ -97,15 +105,20 @@ def check_is_text(what: str, text: str) -> None:
         raise BadInputError(f"{what} is no UTF-8 text; convert it, for example with iconv -t utf-8") from None
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises BadInputError for a prompt that no tokenizer can make anything of."""
+    check_is_text("the prompt", prompt)
+    if not prompt.strip():
+        raise BadInputError("the prompt is empty; give --prompt some text")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_raw: bool) -> list[int]:
     """Token ids to feed: the prompt as a user's message where the tokenizer has a chat template, unless `is_raw`.
 
     Raises:
         BadInputError: nothing is left to feed, or it is no UTF-8 text.
     """
-    check_is_text("the prompt", prompt)
-    if not prompt.strip():
-        raise BadInputError("the prompt is empty; give --prompt some text")
+    check_prompt(prompt)
     if is_raw or not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
     else:

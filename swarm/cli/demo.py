@@ -45,8 +45,9 @@ def demo(
     """
     prepare_process(verbose, swarm_level=logging.ERROR)
     with json_only(json):
-        from swarm.cli.answering import AnswerSettings
+        from swarm.cli.answering import AnswerSettings, check_prompt
 
+        check_prompt(prompt)
         settings = AnswerSettings(max_new_tokens=max_new_tokens)
         with TerminalProgress() as progress:
             progress.start("Loading libraries", None, "")

@@ -11,6 +11,7 @@ from swarm.cli.options import JsonOption, OptionalJoinOption, VerboseOption
 from swarm.cli.progress import TerminalProgress
 from swarm.cli.quietness import prepare_process
 from swarm.cli.terminal import json_only, print_json, results_console
+from swarm.errors import BadInputError
 
 if TYPE_CHECKING:
     from swarm.cli.examination import Finding
@@ -55,6 +56,9 @@ def doctor(
         from swarm.kvpolicy.settings import find_policy
 
         policy = find_policy(kv)
+        model = model or model_option
+        if policy.compresses and model is None:
+            raise BadInputError(f"--kv counts a model's KV tokens; name one: swarm doctor MODEL --kv {kv}")
         check_join_addresses(join or ())
         with TerminalProgress() as progress:
             progress.start("Examining this machine", None, "")
@@ -63,7 +67,6 @@ def doctor(
             from swarm.cli.examination_of_swarm import examine_address
 
             findings = examine_machine()
-            model = model or model_option
             fit: ModelReport | None = None
             if model is not None:
                 progress.start(f"Looking at {model}", None, "")

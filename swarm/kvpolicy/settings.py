@@ -165,10 +165,10 @@ def find_policy(name: str) -> KVPolicy:
     Raises:
         BadInputError: there is neither; the message lists both.
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    for preset in PRESETS.values():
-        if preset.name == name:
-            return preset
+    presets = PRESETS.values()
+    # Compared, not looked up: what a program passes need not even be hashable.
+    found = [each for each in presets if each.preset == name] or [each for each in presets if each.name == name]
+    if found:
+        return found[0]
     known = ", ".join([*POLICIES, *(preset for preset in PRESETS if preset not in POLICIES)])
     raise BadInputError(f"there is no KV policy {name!r}; known are {known}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swarm.cli.answering import Answer, AnswerSettings, encode_prompt
+from swarm.cli.app import run
 from swarm.errors import BadInputError
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -43,6 +44,18 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path, is_raw: bool) -> Non
     prompt = b"caf\xe9".decode("utf-8", "surrogateescape")
     with pytest.raises(BadInputError, match="the prompt is no UTF-8 text"):
         encode_prompt(save_tiny_tokenizer(tmp_path), prompt, is_raw=is_raw)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"), [(b"caf\xe9", "the prompt is no UTF-8 text"), (b" ", "prompt is empty")]
+)
+def test_the_demo_looks_at_its_prompt_first(
+    prompt: bytes, problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole swarm takes half a minute to start."""
+    monkeypatch.setattr("swarm.models.resolve_model", lambda *_, **__: pytest.fail("the model was looked for"))
+    assert run(["demo", "--prompt", prompt.decode("utf-8", "surrogateescape")]) == 2
+    assert problem in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])

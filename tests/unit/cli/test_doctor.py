@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,14 @@ import pytest
 from swarm.cli import examination, examination_of_swarm
 from swarm.cli.app import run
 from swarm.cli.examination import Finding, judge_packages
-from swarm.cli.examination_of_model import PrecisionRow, judge_fit
+from swarm.cli.examination_of_model import PrecisionRow, fit_precisions, judge_fit
 from swarm.kvpolicy.calibration_file import calibration_path
+from swarm.kvpolicy.settings import find_policy
+from swarm.models.block_sizes import measure_model_shape
 from swarm.models.source import default_cache_dir, resolve_model
+from swarm.server.capacity_plan import DeviceMemory
+from swarm.server.preparing import CPU_KV_BYTES
+from swarm.weights import Precision
 from tests.tiny_models import NUM_BLOCKS, build_tiny_config, save_tiny_model
 
 
@@ -154,3 +161,35 @@ def test_a_damaged_calibration_is_not_a_lack_of_memory(
     (check,) = json.loads(capsys.readouterr().out)["checks"]
     assert check["verdict"] == "problem"
     assert "swarm calibrate" in check["seen"] and "smaller model" not in check["advice"]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "policy", "is_limited"),
+    [(6, "gear", False), (6000, "gear", True), (6000, "none", False)],
+)
+def test_inputs_that_will_not_fit_while_they_are_read_are_told_of(
+    num_blocks: int, policy: str, is_limited: bool
+) -> None:
+    """The KV tokens planned are those of compressed sessions, and would promise prompts of any length."""
+    shape = measure_model_shape(build_tiny_config("llama"))
+    shape = replace(shape, blocks=shape.blocks[:1] * num_blocks)
+    memory = DeviceMemory(name="main memory", free_bytes=2**36, total_bytes=2**36, is_host=True)
+    rows = fit_precisions(shape, "cpu", memory, policy=find_policy(policy))
+    finding = judge_fit("m", num_blocks, rows, kv_policy=policy)
+    assert finding.verdict == ("warn" if is_limited else "ok")
+    told = re.search(r"more than about (\d[\d,]*) tokens of one do not fit 1.00 GiB of KV .* (\d+)MiB", finding.seen)
+    assert bool(told) == bool(rows[0].note) == bool(rows[0].to_json()["note"]) == is_limited
+    if told is not None:
+        exact_bytes = num_blocks * shape.sizes(Precision.FP32, "cpu").kv_bytes_per_token
+        longest, enough_bytes = int(told[1].replace(",", "")), int(told[2]) * 2**20
+        assert 0.5 * CPU_KV_BYTES < longest * exact_bytes < CPU_KV_BYTES < enough_bytes
+        assert find_policy(policy).chunk_tokens * exact_bytes < enough_bytes
+
+
+def test_a_policy_without_a_model_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says how a model's tokens are counted; ignored, it would look as if it had been examined."""
+    monkeypatch.setattr(examination, "examine_machine", list)
+    assert run(["doctor", "--kv", "gear"]) == 2
+    assert "swarm doctor MODEL --kv gear" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -110,3 +111,11 @@ def test_settings_that_make_no_sense_say_which() -> None:
         QuantisationSettings(key_bits=0.5)
     with pytest.raises(ValueError, match="chunk_tokens"):
         KVPolicy(name="gear", preset="x", quantisation=QuantisationSettings(), chunk_tokens=100)
+
+
+@pytest.mark.parametrize("name", ["squeeze", "", [], {}, 4, None])
+def test_a_policy_that_does_not_exist_is_refused_in_a_sentence(name: Any) -> None:
+    """Whatever a program passes: the names that exist help, a TypeError about hashing does not."""
+    with pytest.raises(BadInputError, match="known are none, pyramid, gear, pyramid\\+gear, smallest") as raised:
+        find_policy(name)
+    assert f"no KV policy {name!r}" in str(raised.value)
