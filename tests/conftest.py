@@ -26,9 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(_TESTS).parts[0]
         if tier in ("e2e", "gpu"):
             item.add_marker(tier)
-        # For runs in several processes (`-n 2 --dist loadgroup`): a file's fixtures are built once, and of the tests
-        # that start processes themselves only one runs at a time.
-        item.add_marker(pytest.mark.xdist_group("e2e" if tier == "e2e" else str(item.path)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

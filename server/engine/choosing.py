@@ -93,12 +93,7 @@ def _choose_compressing(
     """A backend that compresses sessions, or an exact one and why not."""
     backend: RaggedBackend | None = None
     try:
-        problem = ""
-        if wish.policy.quantisation is not None:
-            # What happens at events shows in fine codes; in coarse ones a fault looks like what rounding does.
-            fine = _build_compressing(model, wish.in_bits(_FINE_BITS), memory_bytes, page_tokens)
-            problem = _test_events(model, fine, tolerance=_FINE_TOLERANCE)
-            del fine
+        problem = _test_fine_codes(model, wish, memory_bytes, page_tokens)
         backend = _build_compressing(model, wish, memory_bytes, page_tokens)
         found = _run_sessions(model, backend, compresses=True)
         tolerance = max(_two_ways(model), _RAW_TOLERANCE)
@@ -119,6 +114,17 @@ def _choose_compressing(
         backend = None  # the memory is wanted again
         return ChosenBackend(RaggedBackend(model, memory_bytes=memory_bytes), True, "", problem)
     return ChosenBackend(backend, True, "")
+
+
+def _test_fine_codes(model: SpanModel, wish: PolicyWish, memory_bytes: int, page_tokens: int) -> str:
+    """What is wrong at events, or nothing: in coarse codes a fault looks like what rounding does.
+
+    The backend is gone, and its memory free, when this returns or raises.
+    """
+    if wish.policy.quantisation is None:
+        return ""
+    backend = _build_compressing(model, wish.in_bits(_FINE_BITS), memory_bytes, page_tokens)
+    return _test_events(model, backend, tolerance=_FINE_TOLERANCE)
 
 
 def _build_compressing(model: SpanModel, wish: PolicyWish, memory_bytes: int, page_tokens: int) -> RaggedBackend:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -37,6 +37,26 @@ _WHOLE_EVENT_TOKENS: Final = 64
 """Events of fewer leaving tokens are carried out for all layers at once, others layer by layer, to spare memory."""
 
 
+def _count_by_head(
+    settings: Sequence[LayerSettings],
+    num_heads: int,
+    count: Callable[[LayerSettings, int, int], int],
+    layer: int,
+    num_tokens: int,
+) -> tuple[int, ...]:
+    """Of each KV head of a server's layer, with `num_tokens` to choose from."""
+    return tuple(count(settings[layer], head, num_tokens) for head in range(num_heads))
+
+
+def _count_kept_of(settings: LayerSettings, head: int, num_tokens: int) -> int:
+    return count_kept(settings.policy, settings.curve, settings.layer, head, num_tokens)
+
+
+def _count_recent_of(settings: LayerSettings, head: int, num_tokens: int) -> int:
+    assert settings.policy.pruning is not None
+    return count_recent(settings.policy.pruning, settings.curve, settings.layer, head, num_tokens)
+
+
 class Compressor:
     """Carries out events for all sequences of a server (an Events)."""
 
@@ -54,8 +74,10 @@ class Compressor:
         self._judge = Judge(store, settings, scalings, self._rows.codec)
         self.busy_s = 0.0
         """Spent on events since start; other threads may read it."""
-        self._count_kept = functools.lru_cache(maxsize=1024)(self._count_kept_anew)
-        self._count_recent = functools.lru_cache(maxsize=1024)(self._count_recent_anew)
+        # Without a reference to this object: it holds the KV memory, which is to go when its owner does.
+        by_head = functools.partial(_count_by_head, self._settings, self._num_heads)
+        self._count_kept = functools.lru_cache(maxsize=1024)(functools.partial(by_head, _count_kept_of))
+        self._count_recent = functools.lru_cache(maxsize=1024)(functools.partial(by_head, _count_recent_of))
 
     # -- what a step asks for ------------------------------------------------------------------
 
@@ -96,23 +118,6 @@ class Compressor:
         return int(np.maximum(num_added, 0).sum())
 
     # -- how many ------------------------------------------------------------------------------
-
-    def _count_kept_anew(self, layer: int, num_tokens: int) -> tuple[int, ...]:
-        """Of each KV head of a server's layer, of `num_tokens` between sinks and tail."""
-        settings = self._settings[layer]
-        return tuple(
-            count_kept(self._policy, settings.curve, settings.layer, head, num_tokens)
-            for head in range(self._num_heads)
-        )
-
-    def _count_recent_anew(self, layer: int, num_tokens: int) -> tuple[int, ...]:
-        """Of each KV head of a server's layer, newest of `num_tokens` that are never dropped."""
-        settings = self._settings[layer]
-        assert self._policy.pruning is not None
-        return tuple(
-            count_recent(self._policy.pruning, settings.curve, settings.layer, head, num_tokens)
-            for head in range(self._num_heads)
-        )
 
     def _count_rows(
         self, sequence: CompressedSequence, event: CompressionEvent

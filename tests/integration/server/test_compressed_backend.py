@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from swarm.models import DEMO_MODEL, SpanModel, load_span, resolve_model
 from swarm.server.engine.choosing import choose_backend
 from swarm.server.engine.compressed_sequence import CompressedSequence
 from swarm.server.engine.compression import Compressor
+from swarm.server.engine.page_store import PageStore
 from swarm.server.engine.ragged import RaggedBackend, probe_layers
 from swarm.server.engine.work import StepWork
 from swarm.server.policy_layers import PolicyWish
@@ -245,6 +248,28 @@ def test_any_blocks_of_a_real_model_pass_the_self_test(
         model = load_span(source, span, dtype=dtype)
         wish = make_wish(source, span, PRESETS[preset])
         assert choose_backend(model, memory_bytes=2**26, wish=wish).kv_problem == ""
+
+
+def test_only_the_chosen_backend_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes all of the KV memory: one that was only tried must be gone before the next is built."""
+    made: list[weakref.ref[PageStore]] = []
+    alive: list[int] = []
+    real = RaggedBackend.__init__
+
+    def note(self: RaggedBackend, *arguments: Any, **options: Any) -> None:
+        alive.append(sum(each() is not None for each in made))
+        real(self, *arguments, **options)
+        made.append(weakref.ref(self.store))
+
+    monkeypatch.setattr(RaggedBackend, "__init__", note)
+    model = load_tiny_span("llama", tmp_path / "model")
+    gc.disable()
+    try:
+        chosen = choose_backend(model, memory_bytes=2**22, wish=wish_for("pyramid+gear"))
+    finally:
+        gc.enable()
+    assert not chosen.kv_problem
+    assert alive == [0, 0, 0]
 
 
 def swap_heads(sequence: CompressedSequence) -> None:
