@@ -119,6 +119,10 @@ class PeerHealth:
         now_s = self._now_s()
         return frozenset(peer for peer, record in self._records.items() if record.avoided_until_s > now_s)
 
+    def given_up(self) -> frozenset[PeerId]:
+        """Peers to avoid now that have failed more than once since they last did their work."""
+        return frozenset(peer for peer in self.avoided() if self._record(peer).num_failures_in_row > 1)
+
     def next_to_try(self, peers: Collection[PeerId]) -> PeerId:
         """Of peers that are all to be avoided, the one whose time is over first; each failure puts it further back."""
         return min(peers, key=lambda peer: (self._record(peer).avoided_until_s, peer))

@@ -163,8 +163,8 @@ class RouteFinder:
         return await self._has_route(self._health.avoided() | {peer})
 
     async def can_route_without(self, peers: Collection[PeerId]) -> bool:
-        """Whether others, be they full at the moment, serve all blocks without these peers."""
-        return await self._has_route((self._health.avoided() - self._health.busy()) | set(peers))
+        """Whether others serve all blocks without these peers, be they full at the moment or have they failed once."""
+        return await self._has_route(self._health.given_up() | set(peers))
 
     async def _has_route(self, avoid: Collection[PeerId]) -> bool:
         servers = await self.servers(fresh=True)

@@ -301,6 +301,30 @@ def add_small(swarm: InProcessSwarm, start: int, end: int, *, num_tokens: int = 
     return swarm.add_server(start, end, kv_memory_bytes=num_tokens * BYTES_PER_TOKEN * (end - start))
 
 
+def test_a_small_server_does_not_end_what_a_large_one_goes_on_with(
+    llama: TinyLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The large one has failed once, so the small one is asked, and refuses: that is not the end."""
+    with InProcessSwarm(llama.folder, [], limits=SessionLimits(detach_grace_s=5.0)) as swarm:
+        large = swarm.add_server(0, 6)
+        session = swarm.connect(request_timeout_s=60.0, ban_s=5.0).open_session(max_length=200)
+        append(session, 100)
+        add_small(swarm, 0, 6)
+        assert large._engine is not None
+        backend = large._engine._backend
+        real, num_failures = backend.run_steps, 0
+
+        def fail_once(works: Any) -> Any:
+            nonlocal num_failures
+            num_failures += 1
+            return [RuntimeError("a hiccup")] * len(works) if num_failures == 1 else real(works)
+
+        monkeypatch.setattr(backend, "run_steps", fail_once)
+        append(session, 1)
+        assert num_failures > 1
+        session.close()
+
+
 @pytest.mark.parametrize("spans", [[(0, 6)], [(0, 3), (3, 6)]])
 def test_what_never_fits_ends_at_once(llama: TinyLlama, spans: list[tuple[int, int]]) -> None:
     """Until the deadline nothing would change, and each attempt costs the server a whole prompt."""

@@ -97,14 +97,17 @@ async def test_whether_a_peer_can_be_avoided() -> None:
 
 
 async def test_a_full_server_is_a_way_around_one_that_is_too_small() -> None:
-    """One will have room again, the other never has; a server that was lost is no hope."""
+    """One will have room again, the other never has; who failed once may have recovered, who failed again has not."""
     small, other = make_server("small", 0, 12), make_server("other", 0, 12)
     finder = make_finder(small, other)
     assert await finder.can_route_without({small.peer_id})
     finder._health.record_busy(other.peer_id, 60.0)
     assert await finder.can_route_without({small.peer_id})
     assert not await finder.can_route_without({small.peer_id, other.peer_id})
-    assert not await make_finder(small, other, failed=["other"]).can_route_without({small.peer_id})
+    finder = make_finder(small, other, failed=["other"])
+    assert await finder.can_route_without({small.peer_id})
+    finder._health.record_failure(other.peer_id)
+    assert not await finder.can_route_without({small.peer_id})
 
 
 def held(*servers: ServerInfo) -> list[Holding]:
