@@ -6,7 +6,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from swarm.errors import BadInputError
 
@@ -22,6 +22,9 @@ __all__ = [
     "pyramidinfer_curve",
     "uniform_curve",
 ]
+
+
+_MAX_RECENT: Final = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class BudgetCurve:
 
     def _fits(self, recent: Sequence[Sequence[Sequence[int]]]) -> bool:
         lengths = [[len(row) for row in heads] for heads in recent]
-        is_valid = all(count >= 0 for heads in recent for row in heads for count in row)
+        is_valid = all(0 <= count <= _MAX_RECENT for heads in recent for row in heads for count in row)
         return is_valid and lengths == [[len(row) for row in heads] for heads in self.shares]
 
     @property

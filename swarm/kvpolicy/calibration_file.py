@@ -147,7 +147,7 @@ def _parse(path: Path, model_hash: ModelHash | str | None) -> _Header:
         raise BadInputError(f"the calibration {path} can not be read ({error.strerror})") from error
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise BadInputError(
             f"{path} is no usable calibration ({error}); measure it again with `swarm calibrate`"
         ) from error

@@ -187,6 +187,7 @@ def _change(
     sizes = (group * num_new, *thresholds.shape)
     total, pushed = ((numbers[:, :first] @ far).view(sizes) for numbers in (attention, pushes))
     near_scores = torch.cat((scores[:, first:], part.scores[head].expand(len(scores), -1)), dim=1)
+    near_scores[:, : max(0, grid.num_sinks - first)] = torch.inf
     for place, recent in enumerate(grid.recent):
         # Windows move by a block at a time: half a block more on average.
         is_near = ages[:, first:] < recent + _MEAN_SLACK

@@ -31,7 +31,7 @@ class PruningSettings:
     scorer: str = "blended"
     """A name of swarm.kvpolicy.scorers."""
     recent_tokens: int = 64
-    """Newest positions, never dropped."""
+    """Newest positions, never dropped; where a model was calibrated, what was measured of each KV head counts."""
     recent_share: float = 0.0
     """Newest share of the context, never dropped, where that is more than `recent_tokens`."""
     extra_tokens: int = 32

@@ -75,6 +75,8 @@ def _set_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Ca
         (_set_header("shares", [[[5.0, 5.0]] * 2] * 2), "one share from 0 to 1"),
         (_set_header("recent", [[[16, 32]] * 2]), "recent tokens"),
         (_set_header("recent", [[[16, -1]] * 2] * 2), "recent tokens"),
+        (_set_header("recent", "[[[Infinity, 1], [1, 1]], [[1, 1], [1, 1]]]"), "no usable calibration"),
+        (_set_header("recent", [[[16, 10**30]] * 2] * 2), "recent tokens"),
         (_set_header("key_sizes", [-1.0] * DIM), "not above 0"),
         (_set_header("value_sizes", "[Infinity, 1, 1, 1]"), "not above 0"),
         (_set_header("ratios", "[" * 100_000), "no usable calibration"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -101,6 +101,24 @@ def test_the_measured_loss_is_what_a_model_loses(family: str) -> None:
         slope = abs(float(lose(read, layer, 0, kept, 7, 0.01)[sampled] - whole[sampled])) / 0.01
         assert slope > 1e-3
         assert math.sqrt(2 * float(losses[layer, 0, 1, 1, share])) == pytest.approx(slope, rel=0.05)
+
+
+def test_a_window_as_long_as_the_context_changes_nothing_for_others() -> None:
+    """Short stretches are measured, too: sinks stay sinks although a window might reach them."""
+    read = read_context("llama")
+    keys = [read.cache.keys[layer] for layer in range(read.model.shape.num_layers)]
+    values = [read.cache.values[layer] for layer in range(read.model.shape.num_layers)]
+    found = [
+        measure_losses(
+            *(read.model, keys, values, read.scores, [7, 8]),
+            replace(GRID, recent=recent),
+            score_new=no_scores,
+            num_ignored=0,
+            seed=0,
+        )
+        for recent in ((16, 40), (16, 400))
+    ]
+    assert torch.allclose(found[0][:, :, :, 0], found[1][:, :, :, 0], rtol=1e-4)
 
 
 def test_more_kept_is_less_lost_and_windows_need_room() -> None:
