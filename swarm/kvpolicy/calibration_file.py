@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from swarm.datatypes import ModelHash
 
 __all__ = [
+    "TENSOR_NAMES",
     "Calibration",
     "calibration_path",
     "find_calibration",
@@ -64,7 +65,7 @@ class Calibration:
     """[L, Hk, Dv, Dv] float16"""
 
 
-_TENSORS: Final = (
+TENSOR_NAMES: Final = (
     "scorer_weights",
     "received_mean",
     "received_weight",
@@ -73,6 +74,7 @@ _TENSORS: Final = (
     "value_mean",
     "value_axes",
 )
+"""Fields of a Calibration that are tensors, as the file names them."""
 
 
 def calibration_path(folder: Path, model_hash: ModelHash | str) -> Path:
@@ -169,7 +171,7 @@ def _read_cached(path: Path, mtime_ns: int) -> Calibration:
         tensors = load_file(path)
     except SafetensorError as error:
         raise BadInputError(f"{path} is damaged ({error}); measure it again with `swarm calibrate`") from error
-    missing = [name for name in _TENSORS if name not in tensors]
+    missing = [name for name in TENSOR_NAMES if name not in tensors]
     if missing:
         raise BadInputError(f"{path} lacks {missing[0]}; measure it again with `swarm calibrate`")
     calibration = Calibration(
@@ -177,7 +179,7 @@ def _read_cached(path: Path, mtime_ns: int) -> Calibration:
         curve=header.curve,
         key_sizes=header.key_sizes,
         value_sizes=header.value_sizes,
-        **{name: tensors[name] for name in _TENSORS},
+        **{name: tensors[name] for name in TENSOR_NAMES},
     )
     _check_shapes(path, calibration)
     _check_numbers(path, calibration)
@@ -219,7 +221,7 @@ def _check_shapes(path: Path, calibration: Calibration) -> None:
 def _check_numbers(path: Path, calibration: Calibration) -> None:
     import torch
 
-    for name in _TENSORS:
+    for name in TENSOR_NAMES:
         numbers = getattr(calibration, name)
         is_usable = numbers.is_floating_point() and bool(numbers.isfinite().all())
         if is_usable and name.endswith("_axes"):
@@ -244,7 +246,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
         "key_sizes": json.dumps([float(f"{size:.4g}") for size in calibration.key_sizes]),
         "value_sizes": json.dumps([float(f"{size:.4g}") for size in calibration.value_sizes]),
     }
-    tensors = {name: getattr(calibration, name).contiguous() for name in _TENSORS}
+    tensors = {name: getattr(calibration, name).contiguous() for name in TENSOR_NAMES}
     write_atomically(path, _sort_header(save(tensors, metadata=metadata)))
 
 

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
+from swarm.kvpolicy.calibration_file import TENSOR_NAMES
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,15 +20,6 @@ __all__ = ["RULES_HASH_CHARS", "hash_rules"]
 RULES_HASH_CHARS: Final = 32
 _ROWS_FORMAT: Final = 1
 """Raised when the same rules would write other bytes than before."""
-_TENSORS: Final = (
-    "scorer_weights",
-    "received_mean",
-    "received_weight",
-    "key_mean",
-    "key_axes",
-    "value_mean",
-    "value_axes",
-)
 
 
 def hash_rules(policy: KVPolicy, calibration: Calibration | None) -> str:
@@ -46,7 +39,7 @@ def hash_rules(policy: KVPolicy, calibration: Calibration | None) -> str:
             "value_sizes": list(calibration.value_sizes),
         }
         digest.update(json.dumps(numbers, sort_keys=True).encode())
-        for name in _TENSORS:
+        for name in TENSOR_NAMES:
             _update(digest, name, getattr(calibration, name))
     return digest.hexdigest()[:RULES_HASH_CHARS]
 
