@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from tests.integration.conftest import TinyLlama
 
 HIDDEN_SIZE = 32
-NUM_ROUNDS = 1000
+MIN_ROUNDS = 1000
+MAX_ROUNDS = 10_000
+MIN_COUNT = 20
+"""How often each end of a hand-over must be seen; how often it is depends on how busy the machine is."""
 LIMITS = SessionLimits(
     admission=AdmissionConfig(max_sessions=6, max_waiting=2), detach_grace_s=60.0, yield_after_s=0.05
 )
@@ -125,7 +128,9 @@ def test_hundreds_of_random_rounds_leave_nothing(swarm: InProcessSwarm, seed: in
         senders = [HandoverSender(node.model, node.engine, node.sessions) for node in nodes]
         sessions: list[_Held] = []
         counts: dict[str, int] = {"handed over": 0, "broken off": 0, "refused": 0, "kept": 0}
-        for number in range(NUM_ROUNDS):
+        for number in range(MAX_ROUNDS):
+            if number >= MIN_ROUNDS and min(counts.values()) > MIN_COUNT:
+                break
             action = chooser.random()
             if not sessions or action < 0.2:
                 held = await open_session(chooser.choice(nodes), chooser)
@@ -189,4 +194,4 @@ def test_hundreds_of_random_rounds_leave_nothing(swarm: InProcessSwarm, seed: in
         return counts
 
     counts = swarm.run(run())
-    assert min(counts.values()) > 20, counts
+    assert min(counts.values()) > MIN_COUNT, counts
