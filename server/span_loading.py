@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from swarm.errors import BadInputError, UnsupportedModelError
 from swarm.kvpolicy.settings import FULL_CACHE
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from swarm.server.preparing import Workplace
 
 __all__ = ["LoadedSpan", "load_backend", "make_wish", "note_on_calibration"]
-
-_PACKED_SHARE: Final = 0.125
-"""Part of the memory still free that packed copies of weights may take."""
 
 
 def _nothing() -> None:
@@ -105,6 +102,7 @@ def _on_one_device(
     from swarm.server.capacity_plan import spread_evenly
     from swarm.server.engine.choosing import choose_backend
     from swarm.server.engine.ragged import RaggedBackend
+    from swarm.server.engine.rowwise import pack_matrices
 
     wish = make_wish(source, span, config.policy)
     plan = workplace.plan(source, span, config)
@@ -120,7 +118,7 @@ def _on_one_device(
         undo.callback(close)
     model = _load_model(source, span, workplace, workplace.devices[0], report, streamer=streamer, streamed=streamed)
     if workplace.is_cpu and streamer is None:
-        _pack(model)
+        pack_matrices(model, for_compressing=wish is not None)
     found = load_adapters(model, adapters, num_blocks=source.num_blocks, report=report)
     chosen = choose_backend(model, memory_bytes=plan.kv_bytes, wish=wish)
     backend = chosen.backend
@@ -295,11 +293,3 @@ def _load_model(
     if not verdict.ok:
         raise UnsupportedModelError(f"{source.name} is not served: {verdict.reason}")
     return model
-
-
-def _pack(model: SpanModel) -> None:
-    import psutil
-
-    from swarm.server.engine.packed_linear import pack_large_linears
-
-    pack_large_linears(model, max_bytes=int(psutil.virtual_memory().available * _PACKED_SHARE))

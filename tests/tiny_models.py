@@ -161,12 +161,14 @@ def build_tiny_config(family: str) -> PreTrainedConfig:
     return FAMILIES[family]()
 
 
-def build_tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
+def build_tiny_model(family: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A whole tiny causal LM, in eval mode, with weights that depend only on `seed`.
 
-    Weights are larger than transformers' default so that every block visibly changes the result.
+    Weights are larger than transformers' default so that every block visibly changes the result. `settings` replace
+    those of the family's tiny config.
     """
     config = build_tiny_config(family)
+    config.update(settings)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
@@ -181,12 +183,14 @@ def build_tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_tiny_model(family: str, folder: Path, *, seed: int = 0, num_shards: int = 3) -> PreTrainedModel:
+def save_tiny_model(
+    family: str, folder: Path, *, seed: int = 0, num_shards: int = 3, **settings: Any
+) -> PreTrainedModel:
     """Write a tiny model to `folder` as config and about `num_shards` safetensors shards, and return it.
 
     Shards never fall below one tensor, so very large `num_shards` give fewer files.
     """
-    model = build_tiny_model(family, seed=seed)
+    model = build_tiny_model(family, seed=seed, **settings)
     size_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from swarm.server.engine.attention_kind import causal_mask
 from swarm.server.engine.compressed_layers import CodedLayer, code_layers
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressedAttention", "CompressedSlice", "CompressedStep"]
 
+_BLOCK_TOKENS: Final = 32
+"""Queries of a staged input that are attended together on a CPU."""
 _MAX_SCORES: Final = 1 << 24
 """Scores of one KV head at a time without the kernel, so that a long part over many tokens takes 64 MB for them."""
 
@@ -78,7 +81,7 @@ class CompressedStep:
 
     def __post_init__(self) -> None:
         self.num_rows = sum(part.num_new for part in self.slices)
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._masks: dict[tuple[int, _Block, int], torch.Tensor] = {}
         self.ring = [part for part in self.slices if not part.part.is_staged]
         self.staged = [part for part in self.slices if part.part.is_staged]
         store = self.attention.store
@@ -202,7 +205,9 @@ class CompressedStep:
         first = 0
         for part in self.ring:
             queries = query[:, first : first + part.num_new]
-            outputs.append(self._attend_over_memory(layer, row, kind, part, queries, None, None))
+            memory = self._read_memory(layer, row, part, kind.window)
+            block = _Block(part.part.start, part.part.end)
+            outputs.append(self._attend_over_memory(layer, kind, block, memory, queries))
             first += part.num_new
         return torch.cat(outputs, dim=1)
 
@@ -218,7 +223,8 @@ class CompressedStep:
     ) -> torch.Tensor:
         """New tokens [Hq, t, D] that stand in pages, over everything before them and each other: [Hq, t, Dv]."""
         table = part.sequence.table
-        if table.staged_start == 0 and part.part.start == 0:
+        is_cpu = self.attention.store.device.type == "cpu"
+        if part.part.start == 0 and not is_cpu:
             return kind.attend(query[None], key[None], value[None], start=0)[0]
         num_staged = part.part.end - table.staged_start
         if num_staged == part.num_new:
@@ -231,44 +237,92 @@ class CompressedStep:
                     layer, pages.pages[row], int(pages.first_breaks[row]), 0, num_staged
                 )
             )
-        if table.staged_start == 0:
-            mask = self._staged_mask(part, kind.window)
+        memory = self._read_memory(layer, row, part, kind.window) if table.staged_start > 0 else None
+        blocks = self._staged_blocks(part)
+        if len(blocks) == 1 and blocks[0].fits(part):
+            return self._attend_block(layer, kind, part, blocks[0], memory, query, keys, values)
+        room = blocks[-1].end - table.staged_start - num_staged
+        if room:
+            keys, values = (functional.pad(numbers, (0, 0, 0, room)) for numbers in (keys, values))
+        query = functional.pad(query, (0, 0, part.part.start - blocks[0].start, blocks[-1].end - part.part.end))
+        outputs = []
+        for block in blocks:
+            first = block.start - blocks[0].start
+            num_keys = block.end - table.staged_start
+            own = query[:, first : first + block.end - block.start].contiguous()
+            outputs.append(
+                self._attend_block(layer, kind, part, block, memory, own, keys[:, :num_keys], values[:, :num_keys])
+            )
+        skipped = part.part.start - blocks[0].start
+        return torch.cat(outputs, dim=1)[:, skipped : skipped + part.num_new]
+
+    def _staged_blocks(self, part: CompressedSlice) -> list[_Block]:
+        """What a slice's new tokens are attended in.
+
+        On a CPU blocks stand at fixed positions, whatever part of them is new, so that the order of sums does not
+        depend on how an input is cut into parts. Other devices give no such promise, and take it all at once.
+        """
+        start, end = part.part.start, part.part.end
+        if self.attention.store.device.type != "cpu":
+            return [_Block(start, end)]
+        first = start // _BLOCK_TOKENS * _BLOCK_TOKENS
+        return [_Block(begin, begin + _BLOCK_TOKENS) for begin in range(first, end, _BLOCK_TOKENS)]
+
+    def _attend_block(
+        self,
+        layer: int,
+        kind: AttentionKind,
+        part: CompressedSlice,
+        block: _Block,
+        memory: _Memory | None,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queries [Hq, b, D] of a block's positions over memory and staged keys [Hk, n, D] up to its end."""
+        mask = self._staged_mask(part.sequence.table.staged_start, block, kind.window)
+        if memory is None:
             return kind.attend_masked(query[None], keys[None], values[None], mask)[0]
-        return self._attend_over_memory(layer, row, kind, part, query, keys, values)
+        return self._attend_over_memory(layer, kind, block, memory, query, keys, values, ~mask)
+
+    def _read_memory(self, layer: int, row: int, part: CompressedSlice, window: int) -> _Memory:
+        raw = self._read_raw(layer, row, part)
+        return _Memory(raw, self._read_stored(layer, row, part, window))
 
     def _attend_over_memory(
         self,
         layer: int,
-        row: int,
         kind: AttentionKind,
-        part: CompressedSlice,
+        block: _Block,
+        memory: _Memory,
         query: torch.Tensor,
-        keys: torch.Tensor | None,
-        values: torch.Tensor | None,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        is_key_hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Queries [Hq, t, D] over the sequence's summary, sinks, stored rows and ring, then staged keys [Hk, n, D].
+        """Queries [Hq, b, D] of a block's positions over summary, sinks, stored rows and ring, then staged keys
+        [Hk, n, D], some of them hidden [b, n].
 
         Stored rows are attended in the codec's coordinates, which queries and outputs are turned to and from: so all
         heads' rows are decoded at once, and none is turned.
         """
         store, coded = self.attention.store, self.attention.layers[layer]
-        num_heads, num_new = store.num_kv_heads, part.num_new
-        raw = self._read_raw(layer, row, part)
-        stored = self._read_stored(layer, row, part, kind.window)
+        num_heads, num_new = store.num_kv_heads, block.end - block.start
+        raw = memory.raw
         plain_keys, plain_values = raw.keys.float(), raw.values.float()
-        is_hidden = _hide(raw.positions, part, kind.window)
+        is_hidden = _hide(raw.positions, block, kind.window)
         biases = raw.biases
-        if keys is not None and values is not None:
+        if keys is not None and values is not None and is_key_hidden is not None:
             plain_keys = torch.cat((plain_keys, keys.float()), dim=1)
             plain_values = torch.cat((plain_values, values.float()), dim=1)
-            is_hidden = torch.cat((is_hidden, ~self._staged_mask(part, kind.window)), dim=1)
+            is_hidden = torch.cat((is_hidden, is_key_hidden), dim=1)
             biases = torch.cat((biases, biases.new_zeros(num_heads, keys.shape[1])), dim=1)
         num_plain = plain_keys.shape[1]
         queries = query.float().reshape(num_heads, -1, num_new, query.shape[-1]) * kind.scale(query.shape[-1])
         group = queries.shape[1]
         turned = torch.bmm(queries.flatten(1, 2), coded.query_turn).unflatten(1, (group, num_new))
         outputs = query.new_empty(num_heads, group, num_new, store.value_dim, dtype=torch.float32)
-        for head, rows in enumerate(stored):
+        for head, rows in enumerate(memory.stored):
             num_keys = num_plain + len(rows.keys)
             for part_rows in torch.arange(num_new).split(max(1, _MAX_SCORES // (group * max(num_keys, 1)))):
                 new = slice(int(part_rows[0]), int(part_rows[-1]) + 1)
@@ -281,7 +335,7 @@ class CompressedStep:
                 scores[..., :num_plain] += biases[head]
                 scores[..., :num_plain].masked_fill_(is_hidden[new], -torch.inf)
                 if rows.positions is not None:
-                    scores[..., num_plain:].masked_fill_(_hide(rows.positions, part, kind.window)[new], -torch.inf)
+                    scores[..., num_plain:].masked_fill_(_hide(rows.positions, block, kind.window)[new], -torch.inf)
                 if kind.sinks is not None:
                     sinks = kind.sinks[head * group : (head + 1) * group].float()
                     scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), dim=-1)
@@ -295,13 +349,14 @@ class CompressedStep:
                 )
         return outputs.flatten(0, 1)
 
-    def _staged_mask(self, part: CompressedSlice, window: int) -> torch.Tensor:
-        """[t, n] booleans: which staged keys each of a slice's new tokens sees; the same in all layers alike."""
-        mask = self._masks.get((part.first_row, window))
+    def _staged_mask(self, staged_start: int, block: _Block, window: int) -> torch.Tensor:
+        """[b, n] booleans: which staged keys each position of a block sees; the same in all layers alike."""
+        mask = self._masks.get((staged_start, block, window))
         if mask is None:
-            first = part.sequence.table.staged_start
-            mask = causal_mask(part.part.start, part.num_new, first, window, self.attention.store.device)
-            self._masks[part.first_row, window] = mask
+            mask = causal_mask(block.start, block.end - block.start, staged_start, window, self.attention.store.device)
+            # Positions before the staged ones have nothing to see, nor does anybody look; but softmax needs something.
+            mask[: max(staged_start - block.start, 0)] = True
+            self._masks[staged_start, block, window] = mask
         return mask
 
     def _read_stored(self, layer: int, row: int, part: CompressedSlice, window: int) -> list[_CodedRows]:
@@ -355,9 +410,21 @@ class CompressedStep:
         )
 
 
-def _hide(positions: torch.Tensor, part: CompressedSlice, window: int) -> torch.Tensor:
-    """[t, n] booleans: which keys at positions [n] each of a slice's new tokens does not see."""
-    new = torch.arange(part.part.start, part.part.end, device=positions.device)[:, None]
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Positions whose tokens are attended together."""
+
+    start: int
+    end: int
+
+    def fits(self, part: CompressedSlice) -> bool:
+        """Whether a slice's new tokens are exactly these."""
+        return (self.start, self.end) == (part.part.start, part.part.end)
+
+
+def _hide(positions: torch.Tensor, block: _Block, window: int) -> torch.Tensor:
+    """[b, n] booleans: which keys at positions [n] each position of a block does not see."""
+    new = torch.arange(block.start, block.end, device=positions.device)[:, None]
     is_hidden = positions > new
     if window:
         is_hidden |= positions <= new - window
@@ -388,3 +455,12 @@ class _RawEntries:
     """[m]; -1 is the summary."""
     biases: torch.Tensor
     """[Hk, m]"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a sequence keeps in one layer, read once for all of a slice's tokens."""
+
+    raw: _RawEntries
+    stored: list[_CodedRows]
+    """Of each KV head."""

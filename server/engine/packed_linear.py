@@ -2,7 +2,7 @@
 
 For 4 to 32 rows a plain matrix product repacks the weights at every call, which costs more than the
 multiplication; packed once, 8 sessions took two thirds of the time (docs/performance.md). One row is faster
-unpacked, and so are long inputs, so both layouts are kept: this trades memory for speed, and is done only
+unpacked, and long inputs are as fast, so both layouts are kept: this trades memory for speed, and is done only
 while memory is plentiful. The packed operators are private to torch; this is the one file that meets them,
 and it checks result and speed on the machine at hand before it uses them.
 """
@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-__all__ = ["pack_large_linears"]
+__all__ = [
+    "UNAVAILABLE",
+    "PackedLinear",
+    "are_alike",
+    "convert",
+    "find_plain",
+    "multiply_packed",
+    "pack",
+    "pack_large_linears",
+]
 
 logger = logging.getLogger(__name__)
 _MIN_ROWS = 3
@@ -25,27 +35,31 @@ _MAX_ROWS = 48
 _MIN_WEIGHTS = 2**19
 """Smaller matrices stay in the processor's cache and gain nothing."""
 _TYPICAL_ROWS = 8
+UNAVAILABLE: Final = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+"""What torch raises where it lacks the packed operators."""
 _TOLERANCE = 1e-4
 
 
-class _PackedLinear(nn.Linear):
-    """nn.Linear with a second, packed copy of its weights; made by changing an instance's class."""
+class PackedLinear(nn.Linear):
+    """nn.Linear with a second, packed copy of its weights; made by `convert`, which changes an instance's class."""
 
     packed: torch.Tensor
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         num_rows = input.numel() // self.in_features
         if _MIN_ROWS <= num_rows <= _MAX_ROWS and not torch.is_grad_enabled():
-            return _packed_linear(input, self.packed, self.bias)
+            return multiply_packed(input, self.packed, self.bias)
         return linear(input, self.weight, self.bias)
 
 
-def _packed_linear(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def multiply_packed(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What linear gives, [..., out], by what `pack` gave."""
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
     return output
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A packed copy. Raises one of UNAVAILABLE where torch has none."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
     return packed
 
@@ -57,10 +71,8 @@ def pack_large_linears(model: nn.Module, *, max_bytes: int) -> int:
     """
     chosen: list[nn.Linear] = []
     size_bytes = 0
-    for module in model.modules():
-        if type(module) is not nn.Linear or module.weight.numel() < _MIN_WEIGHTS:
-            continue
-        if module.weight.dtype is not torch.float32 or module.weight.device.type != "cpu":
+    for module in find_plain(model):
+        if module.weight.numel() < _MIN_WEIGHTS:
             continue
         size_bytes += module.weight.numel() * 4
         if size_bytes > max_bytes:
@@ -68,19 +80,40 @@ def pack_large_linears(model: nn.Module, *, max_bytes: int) -> int:
         chosen.append(module)
     if not chosen or not _is_worth_it(chosen[:8]):
         return 0
-    for module in chosen:
-        packed = _pack(module.weight.detach())
-        module.__class__ = _PackedLinear
-        module.packed = packed
-    logger.info("%d matrices (%d MiB) have a packed copy", len(chosen), size_bytes >> 20)
+    convert(chosen, PackedLinear)
     return len(chosen)
+
+
+def find_plain(model: nn.Module) -> Iterable[nn.Linear]:
+    """The matrices of a model that can be packed."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype is torch.float32 and module.weight.device.type == "cpu":
+            yield module
+
+
+def convert(modules: Sequence[nn.Linear], kind: type[PackedLinear]) -> None:
+    """Give matrices packed copies, and to use them as `kind` does."""
+    for module in modules:
+        packed = pack(module.weight.detach())
+        module.__class__ = kind
+        module.packed = packed
+    num_bytes = sum(module.weight.numel() for module in modules) * 4
+    logger.info("%d matrices (%d MiB) have a packed copy", len(modules), num_bytes >> 20)
+
+
+def are_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether a packed product is what the plain one is, but for rounding."""
+    if torch.allclose(left, right, rtol=_TOLERANCE, atol=_TOLERANCE * float(right.abs().max())):
+        return True
+    logger.warning("packed matrices give other results on this machine and are not used")
+    return False
 
 
 @torch.inference_mode()
 def _is_worth_it(sample: list[nn.Linear]) -> bool:
     """Whether packing is right and faster here; on several matrices, so that they do not all stay in cache."""
     try:
-        packed = [_pack(module.weight.detach()) for module in sample]
+        packed = [pack(module.weight.detach()) for module in sample]
         inputs = [torch.randn(_TYPICAL_ROWS, module.in_features) for module in sample]
 
         def run_plain() -> list[torch.Tensor]:
@@ -88,16 +121,14 @@ def _is_worth_it(sample: list[nn.Linear]) -> bool:
 
         def run_packed() -> list[torch.Tensor]:
             return [
-                _packed_linear(rows, copy, module.bias)
+                multiply_packed(rows, copy, module.bias)
                 for rows, copy, module in zip(inputs, packed, sample, strict=True)
             ]
 
-        for left, right in zip(run_plain(), run_packed(), strict=True):
-            if not torch.allclose(left, right, rtol=_TOLERANCE, atol=_TOLERANCE * float(left.abs().max())):
-                logger.warning("packed matrices give other results on this machine and are not used")
-                return False
+        if not all(are_alike(left, right) for left, right in zip(run_packed(), run_plain(), strict=True)):
+            return False
         return _best_time_s(run_packed) < 0.9 * _best_time_s(run_plain)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+    except UNAVAILABLE as error:
         logger.info("packed matrices are not available: %s", error)
         return False
 

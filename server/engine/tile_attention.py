@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from swarm.kvpolicy.row_codecs import RawCodec, TokenCodec
 
@@ -31,6 +32,7 @@ __all__ = ["TileAttention", "TileStep", "load_tile_attention"]
 logger = logging.getLogger(__name__)
 _TILE_ROWS: Final = 16
 _WIDTHS: Final = (2, 4, 8)
+_BLOCK_ROWS: Final = 16
 _MIN_SHARED_ROWS: Final = 512
 """Stored rows of a layer, all sequences' heads together, below which a second thread costs more than it saves."""
 
@@ -191,7 +193,7 @@ class TileStep:
         raw = query.float().reshape(num_heads, -1, num_rows, dim).transpose(1, 2) * kind.scale(dim)
         raw = raw.contiguous()
         group = raw.shape[2]
-        turned = torch.bmm(raw.view(num_heads, -1, dim), layer.query_turn)
+        turned = _multiply_in_blocks(raw.view(num_heads, -1, dim), layer.query_turn)
         coded_outputs = torch.zeros(num_heads, num_rows * group, value_dim + 1)
         raw_outputs = torch.zeros(num_heads, num_rows * group, value_dim)
         sinks = kind.sinks.detach().float().numpy() if kind.sinks is not None else _NO_SINKS
@@ -206,7 +208,7 @@ class TileStep:
             self._num_dropped,
             self._tile_pages,
             self._raw_pages,
-            turned.view(num_heads, num_rows, group, dim + 1).numpy(),
+            turned.reshape(num_heads, num_rows, group, dim + 1).numpy(),
             raw.numpy(),
             sinks,
             coded_outputs.view(num_heads, num_rows, group, value_dim + 1).numpy(),
@@ -222,8 +224,20 @@ class TileStep:
         run(*arguments, *self._borders[0])
         for other in others:
             other.result()
-        outputs = torch.baddbmm(raw_outputs, coded_outputs, layer.output_turn)
+        outputs = raw_outputs + _multiply_in_blocks(coded_outputs, layer.output_turn)
         return outputs.view(num_heads, num_rows, group, value_dim).transpose(1, 2).reshape(-1, num_rows, value_dim)
+
+
+def _multiply_in_blocks(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """[Hk, n, D] times [Hk, D, E] in products of always as many rows, so that their number changes no bit of any."""
+    num_rows = rows.shape[1]
+    room = -num_rows % _BLOCK_ROWS
+    if room:
+        rows = functional.pad(rows, (0, 0, 0, room))
+    if num_rows <= _BLOCK_ROWS:
+        return torch.bmm(rows, matrices)[:, :num_rows]
+    products = [torch.bmm(block.contiguous(), matrices) for block in rows.split(_BLOCK_ROWS, dim=1)]
+    return torch.cat(products, dim=1)[:, :num_rows]
 
 
 _NO_SINKS: Final = np.zeros(0, dtype=np.float32)

@@ -259,8 +259,6 @@ def _attend(  # type: ignore[no-untyped-def]
                 if position >= end:
                     break
                 slot = 1 + num_sinks + (position - num_sinks) % tail_slots
-            if window and position >= 0 and position <= start - window:
-                continue
             number = layer * sizes[SLOTS_PER_LAYER] + slot
             page = raw_pages[sequence[RAW_PAGES] + number // sizes[SLOTS_PER_PAGE]]
             address = base + page * page_bytes + number % sizes[SLOTS_PER_PAGE] * sizes[SLOT_BYTES]
@@ -280,12 +278,14 @@ def _attend(  # type: ignore[no-untyped-def]
         num_queries = num_new * group
         first_query = 0
         while first_query < num_queries:
-            left = num_queries - first_query
+            # Never of two tokens: sums for one, three or four queries differ in their last bits, and those of a token
+            # shall not depend on how many others stand beside it.
+            left = group - first_query % group
             # Three are common (nine heads over three, 24 over 8); the vectors are made for 1, 3 or 4.
             if left == 1:
                 handled, padded = 1, 1
-            elif left == 2 or left == 3 or group == 3:
-                handled, padded = min(left, 3), 3
+            elif left <= 3:
+                handled, padded = left, 3
             else:
                 handled, padded = 4, 4
             for query in range(padded):

@@ -136,14 +136,15 @@ class LearnedScorer:
             raise BadInputError("the learned scorer needs a calibrated model; run `swarm calibrate MODEL` first")
         self._calibration = calibration
         self._weights: dict[tuple[int, torch.device], torch.Tensor] = {}
-        """[hidden size + 1, Hk] float32 by layer, once per device: steps of one token are short."""
+        """[hidden size + 1, Hk] float64 by layer, once per device: steps of one token are short."""
 
     def score_new(self, new: NewTokens) -> torch.Tensor:
         weights = self._weights.get((new.layer, new.hidden.device))
         if weights is None:
-            weights = self._calibration.scorer_weights[new.layer].to(new.hidden.device).float()
+            weights = self._calibration.scorer_weights[new.layer].to(new.hidden.device).double()
             self._weights[new.layer, new.hidden.device] = weights
-        return (new.hidden.float() @ weights[:-1] + weights[-1]).transpose(0, 1)
+        # In 64 bit, so that how many tokens are scored at once, and thereby the order of sums, does not show in 32.
+        return (new.hidden.double() @ weights[:-1] + weights[-1]).float().transpose(0, 1)
 
     def rescore(
         self, layer: int, head: int, scores: torch.Tensor, is_new: torch.Tensor, received: torch.Tensor

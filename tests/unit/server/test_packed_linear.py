@@ -23,7 +23,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
 
 def require_operators() -> None:
     try:
-        packed_linear._pack(torch.zeros(64, 64))
+        packed_linear.pack(torch.zeros(64, 64))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         pytest.skip(f"torch has no packed operators here: {error}")
 
@@ -46,13 +46,13 @@ def test_only_batches_within_the_limits_use_the_packed_copy(
     require_operators()
     pack_large_linears(model, max_bytes=2**30)
     used: list[int] = []
-    real = packed_linear._packed_linear
+    real = packed_linear.multiply_packed
 
     def spy(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         used.append(input.numel() // input.shape[-1])
         return real(input, packed, bias)
 
-    monkeypatch.setattr(packed_linear, "_packed_linear", spy)
+    monkeypatch.setattr(packed_linear, "multiply_packed", spy)
     with torch.inference_mode():
         for num_rows in (1, 2, 3, 48, 49):
             model(torch.randn(num_rows, 96))
@@ -86,7 +86,7 @@ def test_a_machine_without_the_operators_goes_on_without(model: nn.Sequential, m
     def missing(weight: torch.Tensor) -> torch.Tensor:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
-    monkeypatch.setattr(packed_linear, "_pack", missing)
+    monkeypatch.setattr(packed_linear, "pack", missing)
     assert pack_large_linears(model, max_bytes=2**30) == 0
     assert all(type(module) is nn.Linear for module in model)
 
@@ -95,8 +95,8 @@ def test_wrong_results_are_noticed_before_anything_is_packed(
     model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A faulty kernel on one kind of processor must not reach a user."""
-    monkeypatch.setattr(packed_linear, "_pack", lambda weight: weight)
-    monkeypatch.setattr(packed_linear, "_packed_linear", lambda rows, packed, bias: rows @ packed.T + 1)
+    monkeypatch.setattr(packed_linear, "pack", lambda weight: weight)
+    monkeypatch.setattr(packed_linear, "multiply_packed", lambda rows, packed, bias: rows @ packed.T + 1)
     assert pack_large_linears(model, max_bytes=2**30) == 0
 
 
