@@ -1,7 +1,8 @@
 """Measures a KV policy in the real engine: decoding steps beside exact sessions, bytes of pages, codes found.
 
-Exact and compressed sessions stand in one backend of one process and take turns, so that what else the machine does
-strikes both. Eight sessions are copies of one, page by page: their pages are their own, as those of strangers are.
+Exact sessions stand in a backend as a server of `none` has it, compressed ones in one as a server of the policy has it;
+both are in one process and take turns, so that what else the machine does strikes both. Eight sessions are copies of
+one, page by page: their pages are their own, as those of strangers are.
 """
 
 # Letters: n tokens of a context, H hidden size, t new tokens.
@@ -30,6 +31,7 @@ from swarm.models.adapters.rows import NO_ADAPTER
 from swarm.server.engine.choosing import choose_backend
 from swarm.server.engine.engine import NotNow
 from swarm.server.engine.ragged import RaggedBackend
+from swarm.server.engine.rowwise import pack_matrices
 from swarm.server.engine.work import SessionKey, StepWork
 from swarm.server.policy_layers import PolicyWish
 from swarm.server.session_mirror import SequenceStep
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from swarm.kvpolicy.calibration_file import Calibration
     from swarm.kvpolicy.reference_model import ReferenceModel
     from swarm.kvpolicy.settings import KVPolicy
+    from swarm.models import SpanModel
     from swarm.models.progress import ProgressReporter
     from swarm.models.source import ModelSource
 
@@ -74,7 +77,7 @@ class EngineBench:
             UnsupportedModelError: the engine does not serve the policy for this model; the message says why.
         """
         self._span = Span(start=0, end=source.num_blocks)
-        model = load_span(source, self._span, device="cpu", dtype=torch.float32)
+        model = self._load(source, for_compressing=True)
         wish = PolicyWish(
             policy=policy,
             num_layers=source.num_blocks,
@@ -82,7 +85,7 @@ class EngineBench:
             max_positions=source.max_positions or 2 * context_tokens,
             calibration=calibration,
         )
-        # Room for twice the exact sessions there will be; the system backs only what is touched.
+        # Room for more than the exact sessions there will be; the system backs only what is touched.
         probe = model.config.get_text_config(decoder=True)
         head_dim = getattr(probe, "head_dim", None) or probe.hidden_size // probe.num_attention_heads
         token_bytes = 2 * 4 * source.num_blocks * probe.num_key_value_heads * head_dim
@@ -90,10 +93,16 @@ class EngineBench:
         chosen = choose_backend(model, memory_bytes=memory_bytes, wish=wish)
         if not isinstance(chosen.backend, RaggedBackend) or chosen.kv_problem:
             raise UnsupportedModelError(chosen.kv_problem or chosen.reason)
-        self._backend = chosen.backend
+        self._compressing = chosen.backend
+        self._exact = RaggedBackend(self._load(source, for_compressing=False), memory_bytes=memory_bytes)
         self._policy = policy
         self._embed = embed
         self._full_token_bytes = token_bytes // 2
+
+    def _load(self, source: ModelSource, *, for_compressing: bool) -> SpanModel:
+        model = load_span(source, self._span, device="cpu", dtype=torch.float32)
+        pack_matrices(model, for_compressing=for_compressing)
+        return model
 
     def measure(self, context: Sequence[int], report: ProgressReporter) -> EngineScores:
         """Steps after a context and the pages that hold it."""
@@ -102,8 +111,8 @@ class EngineBench:
         self._read(compressed[0], context, compresses=True, report=report)
         for name in compressed[1:]:
             self._copy(compressed[0], name, len(context), compresses=True)
-        self._backend.memory.update_free()
-        used_bytes = self._backend.kv_usage.used_bytes
+        self._compressing.memory.update_free()
+        used_bytes = self._compressing.kv_usage.used_bytes
         self._read(exact[0], context, compresses=False, report=report)
         for name in exact[1:]:
             self._copy(exact[0], name, len(context), compresses=False)
@@ -122,8 +131,9 @@ class EngineBench:
                     times.setdefault((compresses, num_sessions), []).append((is_event, step_s))
                     for name in chosen:
                         lengths[name] += 1
-        for name in (*exact, *compressed):
-            self._backend.forget(name)
+        for backend, names in ((self._exact, exact), (self._compressing, compressed)):
+            for name in names:
+                backend.forget(name)
         report.finish()
         num_tokens = NUM_SESSIONS * len(context)
         return EngineScores(
@@ -152,7 +162,7 @@ class EngineBench:
             token_ids += [*question, *answer]
         work = StepWork(name, self._span, items, self._embed(token_ids), _ignore, compresses=True)
         (output,) = self._run([work])
-        self._backend.forget(name)
+        self._compressing.forget(name)
         report.finish()
         guesses = head(output[torch.tensor(places)]).argmax(dim=-1)
         right = guesses == torch.tensor([token for answer in codes.answers for token in answer])
@@ -186,9 +196,12 @@ class EngineBench:
             self._run([work])
             report.advance(len(part))
 
+    def _backend_of(self, *, compresses: bool) -> RaggedBackend:
+        return self._compressing if compresses else self._exact
+
     def _run(self, works: list[StepWork]) -> list[torch.Tensor]:
         outputs = []
-        for result in self._backend.run_steps(works):
+        for result in self._backend_of(compresses=works[0].compresses).run_steps(works):
             if isinstance(result, BaseException):
                 raise result
             if isinstance(result, NotNow):
@@ -198,7 +211,8 @@ class EngineBench:
 
     def _copy(self, source: SessionKey, target: SessionKey, length: int, *, compresses: bool) -> None:
         """A session with pages of its own and the same content."""
-        store, memory = self._backend.store, self._backend.memory
+        backend = self._backend_of(compresses=compresses)
+        store, memory = backend.store, backend.memory
         held, _ = memory.held_pages(source, [length])
         pages = np.unique(np.concatenate([part.ravel() for each in held.values() for part in each.page_lists()]))
         copies = np.array(store.pool.allocate(len(pages)), dtype=np.int64)
