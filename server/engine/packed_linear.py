@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "PackedLinear",
     "are_alike",
     "convert",
+    "count_bytes",
     "find_plain",
     "multiply_packed",
     "pack",
@@ -38,6 +39,7 @@ _TYPICAL_ROWS = 8
 UNAVAILABLE: Final = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 """What torch raises where it lacks the packed operators."""
 _TOLERANCE = 1e-4
+_HALF_TOLERANCE = 1e-2
 
 
 class PackedLinear(nn.Linear):
@@ -84,11 +86,16 @@ def pack_large_linears(model: nn.Module, *, max_bytes: int) -> int:
     return len(chosen)
 
 
-def find_plain(model: nn.Module) -> Iterable[nn.Linear]:
-    """The matrices of a model that can be packed."""
+def find_plain(model: nn.Module, dtypes: Collection[torch.dtype] = (torch.float32,)) -> Iterable[nn.Linear]:
+    """The matrices of a model that can be packed, if of one of these dtypes."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype is torch.float32 and module.weight.device.type == "cpu":
+        if type(module) is nn.Linear and module.weight.dtype in dtypes and module.weight.device.type == "cpu":
             yield module
+
+
+def count_bytes(modules: Iterable[nn.Linear]) -> int:
+    """What packed copies of matrices take, nearly."""
+    return sum(module.weight.numel() * module.weight.element_size() for module in modules)
 
 
 def convert(modules: Sequence[nn.Linear], kind: type[PackedLinear]) -> None:
@@ -97,13 +104,13 @@ def convert(modules: Sequence[nn.Linear], kind: type[PackedLinear]) -> None:
         packed = pack(module.weight.detach())
         module.__class__ = kind
         module.packed = packed
-    num_bytes = sum(module.weight.numel() for module in modules) * 4
-    logger.info("%d matrices (%d MiB) have a packed copy", len(modules), num_bytes >> 20)
+    logger.info("%d matrices (%d MiB) have a packed copy", len(modules), count_bytes(modules) >> 20)
 
 
 def are_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether a packed product is what the plain one is, but for rounding."""
-    if torch.allclose(left, right, rtol=_TOLERANCE, atol=_TOLERANCE * float(right.abs().max())):
+    tolerance = _TOLERANCE if right.dtype is torch.float32 else _HALF_TOLERANCE
+    if torch.allclose(left, right, rtol=tolerance, atol=tolerance * float(right.abs().max())):
         return True
     logger.warning("packed matrices give other results on this machine and are not used")
     return False

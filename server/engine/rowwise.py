@@ -26,6 +26,7 @@ from swarm.server.engine.packed_linear import (
     PackedLinear,
     are_alike,
     convert,
+    count_bytes,
     find_plain,
     multiply_packed,
     pack,
@@ -39,6 +40,7 @@ _SPEED_SHARE: Final = 0.125
 """Part of the memory still free that packed copies of weights may take for speed alone."""
 _ROWWISE_SHARE: Final = 0.5
 """Part of it that they may take where sessions are compressed."""
+_DTYPES: Final = (torch.float32, torch.bfloat16)
 _MANY_ROWS: Final = 200
 _COMPANIES: Final = (1, 2, 3, 5, 8, 16, 17, 33, 64, 100)
 """Numbers of rows among which each is compared with itself among _MANY_ROWS."""
@@ -59,16 +61,16 @@ def pack_matrices(model: nn.Module, *, for_compressing: bool) -> None:
 
 
 def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
-    """Have all fp32 CPU matrices and the activations of `model` give each row the same bits beside any others.
+    """Have CPU matrices in fp32 or bf16, and the activations, of `model` give each row the same bits in any company.
 
     Where gradients are wanted matrices work as before. Returns whether it was done; it is not where packed copies of
     the matrices would take more than `max_bytes`, or do not give that on this machine.
     """
-    matrices = list(find_plain(model))
-    if sum(module.weight.numel() for module in matrices) * 4 > max_bytes:
+    matrices = list(find_plain(model, _DTYPES))
+    if count_bytes(matrices) > max_bytes:
         logger.info("the last bits of answers depend on who shares a batch: no memory for packed copies of the weights")
         return False
-    by_shape = {(module.in_features, module.out_features): module for module in matrices}
+    by_shape = {(module.weight.dtype, module.weight.shape): module for module in matrices}
     if not matrices or not _are_rows_independent(list(by_shape.values())):
         return False
     convert(matrices, _RowwiseLinear)
@@ -103,7 +105,7 @@ def _are_rows_independent(sample: Sequence[nn.Linear]) -> bool:
     try:
         for module in sample:
             packed = pack(module.weight.detach())
-            rows = torch.randn(_MANY_ROWS, module.in_features, generator=generator)
+            rows = torch.randn(_MANY_ROWS, module.in_features, generator=generator).to(module.weight.dtype)
             every = _multiply(rows, packed, module.bias)
             if not are_alike(every, linear(rows, module.weight, module.bias)):
                 return False

@@ -32,8 +32,8 @@ INPUTS = [200, *[1] * 40, 90, *[1] * 20, 5, 1, 1, 150, 1]
 class Server:
     """A span that compresses, anew for every run."""
 
-    def __init__(self, folder: Path, preset: str) -> None:
-        self.model: SpanModel = load_span(resolve_model(str(folder)), SPAN)
+    def __init__(self, folder: Path, preset: str, dtype: torch.dtype = torch.float32) -> None:
+        self.model: SpanModel = load_span(resolve_model(str(folder)), SPAN, dtype=dtype)
         if not make_rows_independent(self.model, max_bytes=1 << 30):
             pytest.skip("products here depend on the number of rows")
         RaggedBackend(self.model, memory_bytes=1 << 20)  # sets the attention that is probed
@@ -44,11 +44,14 @@ class Server:
         wish = PolicyWish(policy=policy, num_layers=NUM_BLOCKS, first_layer=0, max_positions=1024)
         layers = probe_layers(self.model)
         self.layers: PolicyLayers = wish.build(
-            [layer.shape for layer in layers], [layer.window for layer in layers], page_tokens=16, itemsize=4
+            [layer.shape for layer in layers],
+            [layer.window for layer in layers],
+            page_tokens=16,
+            itemsize=dtype.itemsize,
         )
         generator = torch.Generator().manual_seed(7)
-        self.hidden = torch.randn(sum(INPUTS), self.model.hidden_size, generator=generator)
-        self.others = torch.randn(sum(INPUTS), self.model.hidden_size, generator=generator)
+        self.hidden = torch.randn(sum(INPUTS), self.model.hidden_size, generator=generator).to(dtype)
+        self.others = torch.randn(sum(INPUTS), self.model.hidden_size, generator=generator).to(dtype)
 
     def answer(self, inputs: Sequence[Sequence[int]], *, num_others: int = 0) -> torch.Tensor:
         """Outputs of all tokens, [T, H], of a session whose inputs come in such parts, beside others that decode."""
@@ -137,6 +140,12 @@ def test_a_replay_of_sixteen_tokens_at_once_changes_no_bit(folder: Path, preset:
         position += count
     assert len(replayed) < len(INPUTS) / 3
     assert torch.equal(server.answer(replayed), expected)
+
+
+def test_it_holds_for_bf16(folder: Path) -> None:
+    server = Server(folder, "pyramid+gear", torch.bfloat16)
+    expected = server.answer([[count] for count in INPUTS])
+    assert torch.equal(server.answer([[103, 97], *[[count] for count in INPUTS[1:]]], num_others=4), expected)
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
