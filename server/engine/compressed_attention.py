@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from swarm.server.engine.attention_kind import causal_mask
 from swarm.server.engine.compressed_layers import CodedLayer, code_layers
 from swarm.server.engine.compressed_sequence import MAX_STAGED_QUERIES
+from swarm.server.engine.kept_entries import KeptEntries, read_entries
+from swarm.server.engine.open_attention import Block, StagedKeys, attend_kept
 from swarm.server.engine.tile_attention import TileAttention, load_tile_attention
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ __all__ = ["CompressedAttention", "CompressedSlice", "CompressedStep"]
 
 _BLOCK_TOKENS: Final = 32
 """Queries of a staged input that are attended together on a CPU."""
-_MAX_SCORES: Final = 1 << 24
-"""Scores of one KV head at a time without the kernel, so that a long part over many tokens takes 64 MB for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class CompressedStep:
 
     def __post_init__(self) -> None:
         self.num_rows = sum(part.num_new for part in self.slices)
-        self._masks: dict[tuple[int, _Block, int], torch.Tensor] = {}
+        self._masks: dict[tuple[int, Block, int], torch.Tensor] = {}
         self.ring = [part for part in self.slices if not part.part.is_staged]
         self.staged = [part for part in self.slices if part.part.is_staged]
         store = self.attention.store
@@ -205,9 +204,9 @@ class CompressedStep:
         first = 0
         for part in self.ring:
             queries = query[:, first : first + part.num_new]
-            memory = self._read_memory(layer, row, part, kind.window)
-            block = _Block(part.part.start, part.part.end)
-            outputs.append(self._attend_over_memory(layer, kind, block, memory, queries))
+            kept = self._read_kept(layer, row, part, kind.window)
+            block = Block(part.part.start, part.part.end)
+            outputs.append(attend_kept(kind, self.attention.layers[layer], block, kept, queries))
             first += part.num_new
         return torch.cat(outputs, dim=1)
 
@@ -237,10 +236,10 @@ class CompressedStep:
                     layer, pages.pages[row], int(pages.first_breaks[row]), 0, num_staged
                 )
             )
-        memory = self._read_memory(layer, row, part, kind.window) if table.staged_start > 0 else None
+        kept = self._read_kept(layer, row, part, kind.window) if table.staged_start > 0 else None
         blocks = self._staged_blocks(part)
-        if len(blocks) == 1 and blocks[0].fits(part):
-            return self._attend_block(layer, kind, part, blocks[0], memory, query, keys, values)
+        if blocks == [Block(part.part.start, part.part.end)]:
+            return self._attend_block(layer, kind, part, blocks[0], kept, query, keys, values)
         room = blocks[-1].end - table.staged_start - num_staged
         if room:
             keys, values = (functional.pad(numbers, (0, 0, 0, room)) for numbers in (keys, values))
@@ -251,12 +250,12 @@ class CompressedStep:
             num_keys = block.end - table.staged_start
             own = query[:, first : first + block.end - block.start].contiguous()
             outputs.append(
-                self._attend_block(layer, kind, part, block, memory, own, keys[:, :num_keys], values[:, :num_keys])
+                self._attend_block(layer, kind, part, block, kept, own, keys[:, :num_keys], values[:, :num_keys])
             )
         skipped = part.part.start - blocks[0].start
         return torch.cat(outputs, dim=1)[:, skipped : skipped + part.num_new]
 
-    def _staged_blocks(self, part: CompressedSlice) -> list[_Block]:
+    def _staged_blocks(self, part: CompressedSlice) -> list[Block]:
         """What a slice's new tokens are attended in.
 
         On a CPU blocks stand at fixed positions, whatever part of them is new, so that the order of sums does not
@@ -264,92 +263,43 @@ class CompressedStep:
         """
         start, end = part.part.start, part.part.end
         if self.attention.store.device.type != "cpu":
-            return [_Block(start, end)]
+            return [Block(start, end)]
         first = start // _BLOCK_TOKENS * _BLOCK_TOKENS
-        return [_Block(begin, begin + _BLOCK_TOKENS) for begin in range(first, end, _BLOCK_TOKENS)]
+        return [Block(begin, begin + _BLOCK_TOKENS) for begin in range(first, end, _BLOCK_TOKENS)]
 
     def _attend_block(
         self,
         layer: int,
         kind: AttentionKind,
         part: CompressedSlice,
-        block: _Block,
-        memory: _Memory | None,
+        block: Block,
+        kept: KeptEntries | None,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
-        """Queries [Hq, b, D] of a block's positions over memory and staged keys [Hk, n, D] up to its end."""
+        """Queries [Hq, b, D] of a block's positions over kept entries and staged keys [Hk, n, D] up to its end."""
         mask = self._staged_mask(part.sequence.table.staged_start, block, kind.window)
-        if memory is None:
+        if kept is None:
             return kind.attend_masked(query[None], keys[None], values[None], mask)[0]
-        return self._attend_over_memory(layer, kind, block, memory, query, keys, values, ~mask)
+        return attend_kept(
+            kind, self.attention.layers[layer], block, kept, query, StagedKeys(keys, values, is_hidden=~mask)
+        )
 
-    def _read_memory(self, layer: int, row: int, part: CompressedSlice, window: int) -> _Memory:
-        raw = self._read_raw(layer, row, part)
-        return _Memory(raw, self._read_stored(layer, row, part, window))
+    def _read_kept(self, layer: int, row: int, part: CompressedSlice, window: int) -> KeptEntries:
+        table = part.sequence.table
+        return read_entries(
+            self.attention.store,
+            table,
+            row,
+            self.attention.layers[layer],
+            # What a staged input has not yet been through stands in pages.
+            raw_end=table.staged_start if part.part.is_staged else part.part.end,
+            has_summary=self.attention.settings[layer].has_summary,
+            window=window,
+        )
 
-    def _attend_over_memory(
-        self,
-        layer: int,
-        kind: AttentionKind,
-        block: _Block,
-        memory: _Memory,
-        query: torch.Tensor,
-        keys: torch.Tensor | None = None,
-        values: torch.Tensor | None = None,
-        is_key_hidden: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Queries [Hq, b, D] of a block's positions over summary, sinks, stored rows and ring, then staged keys
-        [Hk, n, D], some of them hidden [b, n].
-
-        Stored rows are attended in the codec's coordinates, which queries and outputs are turned to and from: so all
-        heads' rows are decoded at once, and none is turned.
-        """
-        store, coded = self.attention.store, self.attention.layers[layer]
-        num_heads, num_new = store.num_kv_heads, block.end - block.start
-        raw = memory.raw
-        plain_keys, plain_values = raw.keys.float(), raw.values.float()
-        is_hidden = _hide(raw.positions, block, kind.window)
-        biases = raw.biases
-        if keys is not None and values is not None and is_key_hidden is not None:
-            plain_keys = torch.cat((plain_keys, keys.float()), dim=1)
-            plain_values = torch.cat((plain_values, values.float()), dim=1)
-            is_hidden = torch.cat((is_hidden, is_key_hidden), dim=1)
-            biases = torch.cat((biases, biases.new_zeros(num_heads, keys.shape[1])), dim=1)
-        num_plain = plain_keys.shape[1]
-        queries = query.float().reshape(num_heads, -1, num_new, query.shape[-1]) * kind.scale(query.shape[-1])
-        group = queries.shape[1]
-        turned = torch.bmm(queries.flatten(1, 2), coded.query_turn).unflatten(1, (group, num_new))
-        outputs = query.new_empty(num_heads, group, num_new, store.value_dim, dtype=torch.float32)
-        for head, rows in enumerate(memory.stored):
-            num_keys = num_plain + len(rows.keys)
-            for part_rows in torch.arange(num_new).split(max(1, _MAX_SCORES // (group * max(num_keys, 1)))):
-                new = slice(int(part_rows[0]), int(part_rows[-1]) + 1)
-                scores = query.new_empty(group, new.stop - new.start, num_keys, dtype=torch.float32)
-                scores[..., :num_plain] = queries[head, :, new] @ plain_keys[head].T
-                own = turned[head, :, new]
-                scores[..., num_plain:] = own[..., :-1] @ rows.keys.T + own[..., -1:]
-                if kind.softcap is not None:
-                    scores = torch.tanh(scores / kind.softcap) * kind.softcap
-                scores[..., :num_plain] += biases[head]
-                scores[..., :num_plain].masked_fill_(is_hidden[new], -torch.inf)
-                if rows.positions is not None:
-                    scores[..., num_plain:].masked_fill_(_hide(rows.positions, block, kind.window)[new], -torch.inf)
-                if kind.sinks is not None:
-                    sinks = kind.sinks[head * group : (head + 1) * group].float()
-                    scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), dim=-1)
-                weights = scores.softmax(dim=-1)
-                plain, over_rows = weights[..., :num_plain], weights[..., num_plain:num_keys]
-                turn_back = coded.output_turn[head]
-                outputs[head, :, new] = (
-                    plain @ plain_values[head]
-                    + (over_rows @ rows.values) @ turn_back[:-1]
-                    + over_rows.sum(dim=-1, keepdim=True) * turn_back[-1]
-                )
-        return outputs.flatten(0, 1)
-
-    def _staged_mask(self, staged_start: int, block: _Block, window: int) -> torch.Tensor:
+    def _staged_mask(self, staged_start: int, block: Block, window: int) -> torch.Tensor:
         """[b, n] booleans: which staged keys each position of a block sees; the same in all layers alike."""
         mask = self._masks.get((staged_start, block, window))
         if mask is None:
@@ -358,109 +308,3 @@ class CompressedStep:
             mask[: max(staged_start - block.start, 0)] = True
             self._masks[staged_start, block, window] = mask
         return mask
-
-    def _read_stored(self, layer: int, row: int, part: CompressedSlice, window: int) -> list[_CodedRows]:
-        """Each head's stored rows in one layer."""
-        store, table = self.attention.store, part.sequence.table
-        num_heads = store.num_kv_heads
-        tiles = np.concatenate([table.tiles_of(row, head) for head in range(num_heads)])
-        coded, positions, _ = store.read_tiles(*table.tile_places(tiles))
-        keys, values = self.attention.layers[layer].decode_coordinates(coded)
-        counts = (table.num_tiles[row] * table.layout.tile_rows).tolist()
-        # Whatever is stored came before all new tokens, so without a window they see all of it.
-        of_heads = positions.split(counts) if positions is not None and window else [None] * num_heads
-        return [_CodedRows(*found) for found in zip(keys.split(counts), values.split(counts), of_heads, strict=True)]
-
-    def _read_raw(self, layer: int, row: int, part: CompressedSlice) -> _RawEntries:
-        """Summary, sinks and ring of a sequence in one layer."""
-        store, table = self.attention.store, part.sequence.table
-        # What a staged input has not yet been through stands in pages.
-        end = table.staged_start if part.part.is_staged else part.part.end
-        sinks = np.arange(min(table.layout.num_sinks, end))
-        ring = np.arange(table.tail.stored_end, max(end, table.tail.stored_end))
-        positions: npt.NDArray[np.int64] = np.concatenate((sinks, ring)).astype(np.int64)
-        slots = table.layout.slots_of(positions)
-        dropped = table.num_dropped[row]
-        has_summary = self.attention.settings[layer].has_summary and bool(dropped.any())
-        if has_summary:
-            slots = np.concatenate((np.zeros(1, np.int64), slots))
-            positions = np.concatenate((np.full(1, -1), positions))
-        device = store.device
-        biases = np.zeros((store.num_kv_heads, len(slots)), dtype=np.float32)
-        if has_summary:
-            with np.errstate(divide="ignore"):
-                biases[:, 0] = np.log(dropped)  # -inf, which hides the entry, where a head has dropped nothing
-        if not len(slots):
-            empty = torch.zeros(store.num_kv_heads, 0, store.key_dim, device=device)
-            values = torch.zeros(store.num_kv_heads, 0, store.value_dim, device=device)
-            return _RawEntries(
-                empty, values, torch.zeros(0, dtype=torch.int64, device=device), torch.from_numpy(biases).to(device)
-            )
-        pages, within = store.slot_places(table, np.full(len(slots), row), slots)
-        keys, values, _ = store.read_slots(pages, within)
-        if has_summary and not dropped.all():
-            # Nothing was ever written there; whatever it is must not become NaN.
-            is_empty = torch.from_numpy(dropped == 0).to(device)
-            keys[0, is_empty], values[0, is_empty] = 0, 0
-        return _RawEntries(
-            keys.transpose(0, 1),
-            values.transpose(0, 1),
-            torch.from_numpy(positions).to(device),
-            torch.from_numpy(biases).to(device),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Positions whose tokens are attended together."""
-
-    start: int
-    end: int
-
-    def fits(self, part: CompressedSlice) -> bool:
-        """Whether a slice's new tokens are exactly these."""
-        return (self.start, self.end) == (part.part.start, part.part.end)
-
-
-def _hide(positions: torch.Tensor, block: _Block, window: int) -> torch.Tensor:
-    """[b, n] booleans: which keys at positions [n] each position of a block does not see."""
-    new = torch.arange(block.start, block.end, device=positions.device)[:, None]
-    is_hidden = positions > new
-    if window:
-        is_hidden |= positions <= new - window
-    return is_hidden
-
-
-@dataclass(frozen=True, slots=True)
-class _CodedRows:
-    """Stored rows of one KV head in its codec's coordinates."""
-
-    keys: torch.Tensor
-    """float32 [R, D]"""
-    values: torch.Tensor
-    """float32 [R, Dv]"""
-    positions: torch.Tensor | None
-    """[R] where some may be out of sight"""
-
-
-@dataclass(frozen=True, slots=True)
-class _RawEntries:
-    """What stands in slots, of one layer."""
-
-    keys: torch.Tensor
-    """[Hk, m, D]"""
-    values: torch.Tensor
-    """[Hk, m, Dv]"""
-    positions: torch.Tensor
-    """[m]; -1 is the summary."""
-    biases: torch.Tensor
-    """[Hk, m]"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What a sequence keeps in one layer, read once for all of a slice's tokens."""
-
-    raw: _RawEntries
-    stored: list[_CodedRows]
-    """Of each KV head."""

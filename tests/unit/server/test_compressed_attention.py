@@ -155,7 +155,7 @@ def test_staged_tokens_attend_over_all_that_is_held_and_each_other(
     monkeypatch: pytest.MonkeyPatch, case: str, most_scores: int
 ) -> None:
     """A long follow-up reads a whole context that is decoded once for all heads, in bounded memory."""
-    monkeypatch.setattr("swarm.server.engine.compressed_attention._MAX_SCORES", most_scores)
+    monkeypatch.setattr("swarm.server.engine.open_attention._MAX_SCORES", most_scores)
     preset, shape, num_heads, dtype, window, softcap, has_sinks = CASES[case]
     memory = fill(preset, shape, dtype=dtype, window=window)
     generator = torch.Generator().manual_seed(3)
@@ -174,7 +174,7 @@ def test_staged_tokens_attend_over_all_that_is_held_and_each_other(
     )
     found = torch.zeros(num_heads, count, shape.value_dim, dtype=dtype)
     step.attend(layer, layer, kind, query, key, value, found)
-    raw = step._read_raw(layer, layer, step.staged[0])
+    raw = step._read_kept(layer, layer, step.staged[0], window).raw
     new = torch.arange(LENGTH, LENGTH + count)
     expected = []
     for head in range(heads):
