@@ -12,8 +12,8 @@ do not have it.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
 from typing import Final
 
 import psutil
@@ -42,8 +42,10 @@ _ROWWISE_SHARE: Final = 0.5
 """Part of it that they may take where sessions are compressed."""
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 _MANY_ROWS: Final = 200
-_COMPANIES: Final = (1, 2, 3, 5, 8, 16, 17, 33, 64, 100)
+_COMPANIES: Final = (2, 3, 5, 8, 16, 17, 33, 64, 100)
 """Numbers of rows among which each is compared with itself among _MANY_ROWS."""
+_NUM_SINGLES: Final = 8
+"""Rows that are tried alone."""
 _VECTOR_NUMBERS: Final = 32
 """torch computes so many numbers at once, and what is left at an end one by one, by other functions."""
 _ONE_THREAD_NUMBERS: Final = 1 << 14
@@ -70,10 +72,18 @@ def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
     if count_bytes(matrices) > max_bytes:
         logger.info("the last bits of answers depend on who shares a batch: no memory for packed copies of the weights")
         return False
-    by_shape = {(module.weight.dtype, module.weight.shape): module for module in matrices}
-    if not matrices or not _are_rows_independent(list(by_shape.values())):
+    by_kind = {_kind_of(module): module for module in matrices}
+    try:
+        must_double = {kind: _find_how(module) for kind, module in by_kind.items()}
+    except _NotRowwiseError as error:
+        logger.info("the last bits of answers depend on who shares a batch: %s", error)
+        return False
+    if not matrices:
         return False
     convert(matrices, _RowwiseLinear)
+    for module in matrices:
+        assert isinstance(module, _RowwiseLinear)
+        module.doubles_one_row = must_double[_kind_of(module)]
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if _is_activation(child):
@@ -81,43 +91,57 @@ def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
     return True
 
 
+class _NotRowwiseError(Exception):
+    """Packed products do not do here what they are for."""
+
+
+def _kind_of(matrix: nn.Linear) -> tuple[torch.dtype, torch.Size]:
+    """Matrices that are alike in this are multiplied alike."""
+    return matrix.weight.dtype, matrix.weight.shape
+
+
 class _RowwiseLinear(PackedLinear):
     """nn.Linear whose every output row depends on its own input row alone."""
+
+    doubles_one_row: bool
+    """Whether one row alone would be added up in another order than several."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return linear(input, self.weight, self.bias)
-        return _multiply(input, self.packed, self.bias)
+        if self.doubles_one_row and input.numel() == self.in_features:
+            return _double(input, self.packed, self.bias)
+        return multiply_packed(input, self.packed, self.bias)
 
 
-def _multiply(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if input.numel() != input.shape[-1]:
-        return multiply_packed(input, packed, bias)
-    # One row alone goes another way than several do.
-    twice = multiply_packed(input.reshape(1, -1).expand(2, -1), packed, bias)
-    return twice[:1].view(*input.shape[:-1], -1)
+def _double(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of one row [..., H], taken as one of two."""
+    both = multiply_packed(input.reshape(1, -1).expand(2, -1), packed, bias)
+    return both[:1].view(*input.shape[:-1], -1)
 
 
 @torch.inference_mode()
-def _are_rows_independent(sample: Sequence[nn.Linear]) -> bool:
-    """Whether packed products of these shapes are right here, and a row's result the same in any company."""
+def _find_how(module: nn.Linear) -> bool:
+    """Whether one row alone must be doubled; raises _NotRowwiseError where packed products are no use for it."""
     generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_MANY_ROWS, module.in_features, generator=generator).to(module.weight.dtype)
     try:
-        for module in sample:
-            packed = pack(module.weight.detach())
-            rows = torch.randn(_MANY_ROWS, module.in_features, generator=generator).to(module.weight.dtype)
-            every = _multiply(rows, packed, module.bias)
-            if not are_alike(every, linear(rows, module.weight, module.bias)):
-                return False
-            for count in _COMPANIES:
-                some = _multiply(rows[-count:].contiguous(), packed, module.bias)
-                if not torch.equal(some, every[-count:]):
-                    logger.info("the last bits of answers depend on who shares a batch on this machine")
-                    return False
+        packed = pack(module.weight.detach())
+        every = multiply_packed(rows, packed, module.bias)
+        if not are_alike(every, linear(rows, module.weight, module.bias)):
+            raise _NotRowwiseError("packed products are wrong")
+        for count in _COMPANIES:
+            some = multiply_packed(rows[-count:].contiguous(), packed, module.bias)
+            if not torch.equal(some, every[-count:]):
+                raise _NotRowwiseError("packed products depend on the number of rows")
+        singles = [rows[index : index + 1].contiguous() for index in range(_NUM_SINGLES)]
+        if all(torch.equal(multiply_packed(row, packed, module.bias)[0], every[i]) for i, row in enumerate(singles)):
+            return False
+        if all(torch.equal(_double(row, packed, module.bias)[0], every[i]) for i, row in enumerate(singles)):
+            return True
     except UNAVAILABLE as error:
-        logger.info("packed matrices are not available: %s", error)
-        return False
-    return True
+        raise _NotRowwiseError(f"packed products are not available: {error}") from error
+    raise _NotRowwiseError("packed products of one row differ")
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -146,6 +170,7 @@ class _RowwiseActivation(nn.Module):
         return torch.cat([self.function(block) for block in rows.split(num_rows)]).view(input.shape)
 
 
+@functools.cache
 def _are_shares_whole(width: int, num_threads: int) -> bool:
     """Whether any number of rows is shared out among any number of threads in whole vectors."""
     return all(width % (_VECTOR_NUMBERS * count) == 0 for count in range(1, num_threads + 1))

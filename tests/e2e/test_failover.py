@@ -61,11 +61,11 @@ def check(result: LossResult, *, num_failovers: int = 1) -> None:
 
 
 def test_each_hop_is_killed_in_turn(trials: LossTrials, model: SwarmModelForCausalLM) -> None:
-    """While the prompt is under way, at the end of a page, and before the last token."""
+    """While the prompt is under way, within a step, and before the last token, when a late kill would meet no step."""
     assert trials.undisturbed(model).is_identical
     check(trials.kill(model, hops=[0], token=0, in_step=True))
-    check(trials.kill(model, hops=[1], token=4, in_step=False))
-    check(trials.kill(model, hops=[2], token=39, in_step=True))
+    check(trials.kill(model, hops=[1], token=4, in_step=True))
+    check(trials.kill(model, hops=[2], token=39, in_step=False))
 
 
 def test_two_of_three_hops_are_killed_at_once(trials: LossTrials, model: SwarmModelForCausalLM) -> None:

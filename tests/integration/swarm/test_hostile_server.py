@@ -13,7 +13,7 @@ import torch
 
 from swarm.client.blocks import BlockSession, SequenceInput
 from swarm.client.connection import SwarmBlocks
-from swarm.errors import BadInputError, DeadlineError
+from swarm.errors import BadInputError, DeadlineError, NoRouteError
 from swarm.pb import node_pb2
 from swarm.pb import session_pb2 as pb
 from swarm.server.node import Node
@@ -295,11 +295,14 @@ def test_when_all_servers_refuse_the_refusal_is_believed(llama: TinyLlama, swarm
 
 
 def test_where_nobody_is_honest_the_deadline_holds(swarm: InProcessSwarm, bad_alone: TamperingServer) -> None:
-    """No server can keep a client waiting beyond the time it has set itself."""
+    """No server can keep a client waiting beyond the time it has set itself.
+
+    On a busy machine the only one may not even answer in time, and then counts as gone.
+    """
     bad_alone.edit_reply = edit_result(BAD_RESULTS["not a number"])
     client = connect(swarm, allowed_peers=[bad_alone.peer_id], request_timeout_s=1.5)
     session = client.open_session(max_length=32)
-    with pytest.raises(DeadlineError, match=r"within 1\.5 s"):
+    with pytest.raises((DeadlineError, NoRouteError), match=r"(within|tried for) 1\.5 s"):
         step(session, 0, 9)
     session.close()
     client.close()
