@@ -118,7 +118,7 @@ def _on_one_device(
         undo.callback(close)
     model = _load_model(source, span, workplace, workplace.devices[0], report, streamer=streamer, streamed=streamed)
     if workplace.is_cpu and streamer is None:
-        pack_matrices(model, for_compressing=wish is not None)
+        pack_matrices(model, for_compressing=wish is not None, reserved_bytes=plan.kv_bytes)
     found = load_adapters(model, adapters, num_blocks=source.num_blocks, report=report)
     chosen = choose_backend(model, memory_bytes=plan.kv_bytes, wish=wish)
     backend = chosen.backend

@@ -37,7 +37,7 @@ __all__ = ["make_rows_independent", "pack_matrices"]
 
 logger = logging.getLogger(__name__)
 _SPEED_SHARE: Final = 0.125
-"""Part of the memory still free that packed copies of weights may take for speed alone."""
+"""Part of the free memory that packed copies of weights may take for speed alone."""
 _ROWWISE_SHARE: Final = 0.5
 """Part of it that they may take where sessions are compressed."""
 _DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -54,12 +54,12 @@ _ONE_THREAD_NUMBERS: Final = 1 << 14
 _OF_WHOLE_ROWS: Final = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention)
 
 
-def pack_matrices(model: nn.Module, *, for_compressing: bool) -> None:
-    """What a server does with a model on its CPU, as far as memory that is still free allows."""
-    available_bytes = psutil.virtual_memory().available
-    if for_compressing and make_rows_independent(model, max_bytes=int(available_bytes * _ROWWISE_SHARE)):
+def pack_matrices(model: nn.Module, *, for_compressing: bool, reserved_bytes: int) -> None:
+    """What a server does with a model on its CPU, as far as free memory allows that nothing else is to take."""
+    free_bytes = max(psutil.virtual_memory().available - reserved_bytes, 0)
+    if for_compressing and make_rows_independent(model, max_bytes=int(free_bytes * _ROWWISE_SHARE)):
         return
-    pack_large_linears(model, max_bytes=int(available_bytes * _SPEED_SHARE))
+    pack_large_linears(model, max_bytes=int(free_bytes * _SPEED_SHARE))
 
 
 def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
@@ -69,6 +69,9 @@ def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
     the matrices would take more than `max_bytes`, or do not give that on this machine.
     """
     matrices = list(find_plain(model, _DTYPES))
+    if not matrices:
+        logger.info("the last bits of answers depend on who shares a batch: no matrix is in fp32 or bf16")
+        return False
     if count_bytes(matrices) > max_bytes:
         logger.info("the last bits of answers depend on who shares a batch: no memory for packed copies of the weights")
         return False
@@ -77,8 +80,6 @@ def make_rows_independent(model: nn.Module, *, max_bytes: int) -> bool:
         must_double = {kind: _find_how(module) for kind, module in by_kind.items()}
     except _NotRowwiseError as error:
         logger.info("the last bits of answers depend on who shares a batch: %s", error)
-        return False
-    if not matrices:
         return False
     convert(matrices, _RowwiseLinear)
     for module in matrices:

@@ -101,7 +101,7 @@ class EngineBench:
 
     def _load(self, source: ModelSource, *, for_compressing: bool) -> SpanModel:
         model = load_span(source, self._span, device="cpu", dtype=torch.float32)
-        pack_matrices(model, for_compressing=for_compressing)
+        pack_matrices(model, for_compressing=for_compressing, reserved_bytes=0)
         return model
 
     def measure(self, context: Sequence[int], report: ProgressReporter) -> EngineScores:

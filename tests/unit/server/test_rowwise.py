@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from swarm.server.engine import rowwise
-from swarm.server.engine.rowwise import make_rows_independent
+from swarm.server.engine.packed_linear import PackedLinear
+from swarm.server.engine.rowwise import make_rows_independent, pack_matrices
 
 
 @pytest.fixture
@@ -80,6 +82,16 @@ def test_all_or_nothing_within_the_memory(model: nn.Sequential) -> None:
     """Half of the matrices would cost memory and give nothing."""
     assert not make_rows_independent(model, max_bytes=2 * 96 * 1056 * 4 - 1)
     assert [type(module) for module in model] == [nn.Linear, nn.SiLU, nn.Linear, nn.Softmax]
+
+
+def test_memory_that_is_reserved_is_not_taken(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV pages are touched later than weights are packed; by then the memory must still be there."""
+    free_bytes = 10 * 2 * 96 * 1056 * 4
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free_bytes))
+    pack_matrices(model, for_compressing=True, reserved_bytes=free_bytes * 9 // 10)
+    assert type(model[0]) is nn.Linear
+    pack_matrices(model, for_compressing=True, reserved_bytes=free_bytes // 2)
+    assert isinstance(model[0], PackedLinear) or not make_rows_independent(model, max_bytes=2**30)
 
 
 def test_a_machine_without_the_operators_goes_on_without(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
