@@ -30,7 +30,7 @@ PROMPT_TOKENS = 900
 NEW_TOKENS = 56
 """Three events on the way, so the model is still copying at the end."""
 CLEAR_MARGIN = 1.0
-"""Logits. Two runs that group their sums differently were seen to differ by up to 0.6; see docs/kv-cache.md."""
+"""Logits. Two runs that group their sums differently mostly differ by less than 0.6; see docs/kv-cache.md."""
 
 
 @dataclass(frozen=True)
