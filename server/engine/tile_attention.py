@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _TILE_ROWS: Final = 16
 _WIDTHS: Final = (2, 4, 8)
 _BLOCK_ROWS: Final = 16
+"""Rows of a product with a head's turning matrix: a decoding token of 16 query heads to a KV head still fits one."""
 _MIN_SHARED_ROWS: Final = 512
 """Stored rows of a layer, all sequences' heads together, below which a second thread costs more than it saves."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pydoc_data.topics
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import swarm
 from swarm.models import resolve_model
 from swarm.server.engine.rowwise import make_rows_independent
+from tests.at_token import AtToken
 from tests.cli_processes import Node, run_swarm, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -65,22 +66,6 @@ def prompt_ids() -> torch.Tensor:
     passage = ids[:PASSAGE_TOKENS]
     assert len(passage) == PASSAGE_TOKENS
     return torch.tensor([passage * 3])
-
-
-class AtToken:
-    """A streamer that does something when the answer has so many tokens."""
-
-    def __init__(self, token: int, act: Callable[[], None]) -> None:
-        self._left = token + 1  # the prompt comes first
-        self._act = act
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._left == 0:
-            self._act()
-        self._left -= 1
-
-    def end(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

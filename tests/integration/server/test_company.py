@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from swarm.datatypes import Span
-from swarm.kvpolicy.settings import PRESETS
 from swarm.kvpolicy.streaming import cut_step
 from swarm.models import SpanModel, load_span, resolve_model
 from swarm.server.engine.ragged import RaggedBackend, probe_layers
@@ -22,6 +20,7 @@ from swarm.server.engine.rowwise import make_rows_independent
 from swarm.server.engine.work import StepWork
 from swarm.server.policy_layers import PolicyLayers, PolicyWish
 from swarm.server.session_mirror import SequenceStep
+from tests.small_policies import small_policy
 from tests.tiny_models import NUM_BLOCKS, save_tiny_model
 
 SPAN = Span(start=0, end=NUM_BLOCKS)
@@ -37,11 +36,7 @@ class Server:
         if not make_rows_independent(self.model, max_bytes=1 << 30):
             pytest.skip("products here depend on the number of rows")
         RaggedBackend(self.model, memory_bytes=1 << 20)  # sets the attention that is probed
-        policy = PRESETS[preset]
-        if policy.pruning is not None:
-            pruning = replace(policy.pruning, keep_ratio=0.5, recent_tokens=16, extra_tokens=0)
-            policy = replace(policy, pruning=pruning, chunk_tokens=128)
-        wish = PolicyWish(policy=policy, num_layers=NUM_BLOCKS, first_layer=0, max_positions=1024)
+        wish = PolicyWish(policy=small_policy(preset), num_layers=NUM_BLOCKS, first_layer=0, max_positions=1024)
         layers = probe_layers(self.model)
         self.layers: PolicyLayers = wish.build(
             [layer.shape for layer in layers],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from swarm.server.policy_layers import PolicyWish
 from swarm.server.session_mirror import SequenceStep
 from swarm.server.span_loading import make_wish
 from tests.engine_sessions import load_tiny_span
+from tests.small_policies import small_policy
 from tests.tiny_models import NUM_BLOCKS, save_tiny_model
 
 SPAN = Span(start=0, end=NUM_BLOCKS)
@@ -35,15 +35,6 @@ FAMILIES = ["llama", "gpt_neox", "gemma2", "gpt_oss"]
 """Grouped heads, as many KV heads as query heads, capped scores and windows, learned sinks and windows."""
 TOLERANCE = 0.04
 """Relative: a number at the border of two 4-bit codes may fall to either side."""
-
-
-def small(preset: str, *, keep_ratio: float = 0.5) -> KVPolicy:
-    """A preset that drops and cuts within the few tokens of a test."""
-    policy = PRESETS[preset]
-    pruning = policy.pruning
-    if pruning is not None:
-        pruning = replace(pruning, keep_ratio=keep_ratio, recent_tokens=16, extra_tokens=0)
-    return replace(policy, pruning=pruning, chunk_tokens=128)
 
 
 class Reference:
@@ -114,7 +105,7 @@ def make_setting(tmp_path_factory: pytest.TempPathFactory) -> MakeSetting:
         folder = tmp_path_factory.mktemp(family)
         whole = save_tiny_model(family, folder)
         model = load_span(resolve_model(str(folder)), SPAN)
-        policy = small(preset)
+        policy = small_policy(preset)
         wish = PolicyWish(policy=policy, num_layers=NUM_BLOCKS, first_layer=0, max_positions=512)
         backend = RaggedBackend(model, memory_bytes=2**24)  # sets the attention that is probed
         reference = Reference(whole, policy, wish, model)

@@ -6,13 +6,12 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from swarm.client.blocks import BlockSession, SequenceInput
 from swarm.client.connection import SwarmBlocks
@@ -25,6 +24,7 @@ from swarm.pb import session_pb2 as pb
 from swarm.server.node import Node
 from swarm.server.rpc.sessions import SessionLimits
 from swarm.wire.frames import Frame, decode_frame, encode_frame
+from tests.at_token import AtToken
 from tests.model_pair import GREEDY, prompt
 from tests.raw_client import RawClient
 from tests.swarm_in_process import InProcessSwarm, is_idle, wait_until
@@ -100,22 +100,6 @@ def remote_model(doors: Doors, client: SwarmBlocks) -> Any:
 
 def avoided(client: SwarmBlocks) -> set[str]:
     return {peer.peer_id for peer in client.peer_health() if peer.avoided_for_s > 0}
-
-
-class AtToken(BaseStreamer):
-    """Calls `act` when token `index` arrives."""
-
-    def __init__(self, index: int, act: Callable[[], None]) -> None:
-        self._left = index + 1  # the prompt comes first
-        self._act = act
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._left == 0:
-            self._act()
-        self._left -= 1
-
-    def end(self) -> None:
-        pass
 
 
 # -- killed ------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from swarm.client.connection import SwarmBlocks
 from swarm.client.remote_model import SwarmModelForCausalLM
 from swarm.errors import BadInputError, NoRouteError
 from swarm.server.rpc.sessions import SessionLimits
+from tests.at_token import AtToken
 from tests.integration.conftest import TinyLlama
-from tests.integration.swarm.test_failover import AtToken, Doors, rows
+from tests.integration.swarm.test_failover import Doors, rows
 from tests.model_pair import GREEDY, prompt
 from tests.swarm_in_process import InProcessSwarm, is_idle, wait_until
 from tests.tampering_server import TamperingServer

@@ -23,6 +23,7 @@ from swarm.kvcache.admission import AdmissionConfig
 from swarm.pb import session_pb2 as pb
 from swarm.server.rpc.sessions import SessionLimits
 from swarm.wire.frames import encode_frame
+from tests.at_token import AtToken
 from tests.model_pair import GREEDY, prompt
 from tests.swarm_in_process import InProcessSwarm, is_idle, wait_until
 from tests.tampering_server import TamperingServer, let_one_die
@@ -328,22 +329,6 @@ def killable(llama: TinyLlama, *spans: tuple[int, int]) -> Iterator[Doors]:
         yield Doors(swarm, spans)
 
 
-class _AtToken(BaseStreamer):
-    """Calls `act` when token `index` arrives."""
-
-    def __init__(self, index: int, act: Any) -> None:
-        self._left = index + 1  # the prompt comes first
-        self._act = act
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._left == 0:
-            self._act()
-        self._left -= 1
-
-    def end(self) -> None:
-        pass
-
-
 TWICE = ((0, 2), (0, 2), (2, 4), (2, 4), (4, 6), (4, 6))
 
 
@@ -364,7 +349,7 @@ def test_losing_each_server_while_decoding_changes_no_token(llama: TinyLlama, to
                     killed.append(server.peer_id)
                     server.die()
 
-                streamer = _AtToken(token, kill)
+                streamer = AtToken(token, kill)
                 ids = model.generate(
                     prompt(), session=session, max_new_tokens=12, eos_token_id=None, streamer=streamer, **GREEDY
                 )
@@ -396,7 +381,7 @@ def test_two_smaller_servers_replace_one(llama: TinyLlama) -> None:
     with killable(llama, (0, 2), (2, 5), (5, 6), (2, 3), (3, 5)) as doors:
         model = remote_model(doors.swarm, doors.swarm.connect())
         with model.session(max_length=64) as session:
-            streamer = _AtToken(4, lambda: doors.servers[1].die())
+            streamer = AtToken(4, lambda: doors.servers[1].die())
             ids = model.generate(
                 prompt(), session=session, max_new_tokens=12, eos_token_id=None, streamer=streamer, **GREEDY
             )
